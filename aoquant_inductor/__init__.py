@@ -1,0 +1,29 @@
+"""aoquant: quantization that lives purely in the compiled graph.
+
+    torch.compile(model, backend="aoquant", options={"schemes": "int8wo"})
+
+Importing this module imports no torch._inductor and touches no CUDA; the first compile does.
+"""
+
+from __future__ import annotations
+
+from aoquant_inductor.api import plan, refresh, report
+from aoquant_inductor.errors import (
+    AoquantError,
+    ConflictingSchemes,
+    NothingQuantized,
+    OptionError,
+    UnknownScheme,
+    UnmatchedPattern,
+    UnsupportedTorch,
+)
+from aoquant_inductor.register import register
+from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
+
+__version__ = "0.1.0"
+__all__ = [
+    "SCHEMES", "AoquantError", "ConflictingSchemes", "NothingQuantized", "OptionError", "QuantSpec", "Scheme",
+    "UnknownScheme", "UnmatchedPattern", "UnsupportedTorch", "plan", "refresh", "report",
+]
+
+register()

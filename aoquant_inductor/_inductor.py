@@ -1,0 +1,243 @@
+"""Every private symbol of torch that aoquant uses, and for which versions; nothing else imports them.
+
+Supported: torch 2.11 to 2.15. `import aoquant_inductor` does not import this module; the first compile does, and a missing
+symbol is an UnsupportedTorch that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import CodeType, MappingProxyType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx, nn
+
+from aoquant_inductor.errors import UnsupportedTorch
+
+SUPPORTED = ("2.11", "2.15")
+
+
+def private(module: str, *names: str) -> tuple[Any, ...]:
+    """The named attributes of a private module; raises UnsupportedTorch naming the first that is missing."""
+    try:
+        source = importlib.import_module(module)
+        return tuple(getattr(source, name) for name in names)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTorch(
+            f"torch {torch.__version__} has no {module}.{getattr(error, 'name', names)}; "
+            f"aoquant knows torch {SUPPORTED[0]} to {SUPPORTED[1]}."
+        ) from error
+
+
+# ---- options -------------------------------------------------------------------------------------------------------------
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    (list_mode_options,) = private("torch._inductor", "list_mode_options")
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def mode_names() -> list[str]:
+    (list_mode_options,) = private("torch._inductor", "list_mode_options")
+    return list(list_mode_options())
+
+
+@functools.cache
+def config_keys() -> list[str]:
+    (config,) = private("torch._inductor", "config")
+    return sorted(config.get_config_copy())
+
+
+def is_config_key(key: str) -> bool:
+    return key.replace("-", "_") in config_keys()
+
+
+# ---- what Dynamo knows while it calls a backend --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the graph comes from: the compiled object's context, what it wraps, and the frame that was traced."""
+
+    context: object  # one per torch.compile call: what report() finds the graphs by
+    function: object
+    root: nn.Module | None  # the compiled module: names are relative to it
+    code: CodeType
+    local_self: nn.Module | None
+
+
+def _module_of(function: object) -> nn.Module | None:
+    """The module a compiled function runs: itself, the instance of a bound method, or what wrap_inline closed over."""
+    for _ in range(3):
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if isinstance(owner, nn.Module):
+            return getattr(owner, "_orig_mod", owner)
+        inner = getattr(function, "__wrapped__", None)
+        if inner is None:
+            return None
+        function = inner
+    return None
+
+
+def frame() -> Frame:
+    """The innermost torch.compile call on this thread's stack and the frame Dynamo is tracing for it."""
+    (translator,) = private("torch._dynamo.symbolic_convert", "InstructionTranslator")
+    root_tx = translator.current_tx().output.root_tx
+    local_self = root_tx.f_locals.get("self")
+    local_self = local_self if isinstance(local_self, nn.Module) else None
+    context = function = None
+    caller = sys._getframe()
+    while caller is not None:
+        if caller.f_code.co_name == "compile_wrapper" and caller.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            context, function = caller.f_locals.get("self"), caller.f_locals.get("fn")
+            break
+        caller = caller.f_back  # type: ignore[assignment]
+    root = _module_of(function)
+    return Frame(context or root_tx.f_code, function, root if root is not None else local_self, root_tx.f_code, local_self)
+
+
+def context_of(compiled: object) -> object | None:
+    """The Frame.context of what torch.compile returned, or of a module after module.compile()."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    if context is not None:
+        return context
+    call = getattr(compiled, "_compiled_call_impl", None) or compiled
+    code = getattr(call, "__code__", None)
+    if code is None or code.co_name != "compile_wrapper":
+        return None
+    cells = dict(zip(code.co_freevars, call.__closure__ or (), strict=False))  # type: ignore[attr-defined]
+    return cells["self"].cell_contents if "self" in cells else None
+
+
+def source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None:
+    """Recompile unless these placeholders are the very objects of this call (and `instance` the traced `self`).
+
+    The guard on `self` makes Dynamo count its recompile limit per instance instead of per code object.
+    """
+    (context,) = private("torch._guards", "TracingContext")
+    (builder,) = private("torch._dynamo.guards", "GuardBuilder")
+    (local,) = private("torch._dynamo.source", "LocalSource")
+    guards = context.get().guards_context.dynamo_guards
+    for node in nodes:
+        guards.add(node._dynamo_source.make_guard(builder.ID_MATCH))
+    if instance is not None:
+        guards.add(local("self").make_guard(builder.ID_MATCH))
+
+
+def guard_training(instance: nn.Module | None) -> None:
+    """Recompile when `self.training` of the traced frame changes: a quantized graph must not serve a training step."""
+    if instance is None:
+        return
+    (context,) = private("torch._guards", "TracingContext")
+    (builder,) = private("torch._dynamo.guards", "GuardBuilder")
+    local, attribute = private("torch._dynamo.source", "LocalSource", "AttrSource")
+    guard = attribute(local("self"), "training").make_guard(builder.CONSTANT_MATCH)
+    context.get().guards_context.dynamo_guards.add(guard)
+
+
+# ---- the graph we compile ------------------------------------------------------------------------------------------------
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A GraphModule of its own: Dynamo writes the call's bytecode from the original's placeholders."""
+    env: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+        if hasattr(node, "_dynamo_source"):
+            env[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy, env
+
+
+def static_placeholder(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.Node:
+    """An input whose address never changes (CUDA graphs do not copy it), with what AOTAutograd asks of an input."""
+    (context,) = private("torch._guards", "TracingContext")
+    (local,) = private("torch._dynamo.source", "LocalSource")
+    node = graph.placeholder(name)
+    node._dynamo_source = local(name)  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["example_value"] = context.get().fake_mode.from_tensor(value, static_shapes=True)
+    return node
+
+
+def _freezing(packs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """inner_compile that turns the first len(packs) inputs into constants of the graph and drops them from its arguments."""
+    (inner,) = private("torch._inductor.compile_fx", "compile_fx_inner")
+    enter_freezing, record = private("torch._inductor.freezing_utils", "enter_freezing", "record_has_frozen_params")
+    (replace,) = private("torch._inductor.constant_folding", "replace_node_with_constant")
+    (fake_mode_of,) = private("torch._dynamo.utils", "detect_fake_mode")
+    (context,) = private("torch._guards", "TracingContext")
+    n = len(packs)
+
+    def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        matches = len(placeholders) == len(example_inputs) and all(
+            isinstance(p.meta.get("val"), torch.Tensor) and p.meta["val"].shape == t.shape and p.meta["val"].dtype == t.dtype
+            for p, t in zip(placeholders, packs, strict=False)
+        )
+        if not matches:  # tensor subclasses among the inputs, effect tokens: the packs stay ordinary static inputs
+            return inner(gm, example_inputs, **kwargs)
+        with enter_freezing():
+            for node, value in zip(placeholders, packs, strict=False):
+                replace(gm, node, value)
+            record(gm)
+        gm.recompile()
+        kwargs["static_input_idxs"] = [i - n for i in kwargs.get("static_input_idxs") or () if i >= n]
+        rest = list(example_inputs[n:])
+        fake = fake_mode_of(rest) or context.get().fake_mode
+        with mock.patch.object(fake, "allow_non_fake_inputs", True):
+            compiled = inner(gm, rest, **kwargs)
+
+        def call(args: list[Any]) -> Any:
+            new = args[n:]
+            args.clear()
+            return compiled(new)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    return compile_inner
+
+
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], packs: Sequence[torch.Tensor] = (),
+    constant: bool = False, decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+) -> Callable[..., Any]:
+    """Inductor over `gm(*packs, *inputs)`; `constant` bakes the packs in (the caller passes them all the same)."""
+    (compile_fx,) = private("torch._inductor.compile_fx", "compile_fx")
+    everything = [*packs, *inputs]
+    if not packs:
+        return compile_fx(gm, everything, config_patches=dict(patches))  # type: ignore[no-any-return]
+    (table,) = private("torch._inductor.decomposition", "select_decomp_table")
+    (functorch_config,) = private("torch._functorch", "config")
+    kwargs = {"inner_compile": _freezing(packs)} if constant else {}
+    # AOTAutograd's cache sees neither inner_compile nor the constants
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(  # type: ignore[no-any-return]
+            gm, everything, config_patches=dict(patches), decompositions={**table(), **decompositions}, **kwargs
+        )
+
+
+@contextlib.contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Tensors made here are ordinary ones whatever mode the user's call is in: they are updated in place later."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield

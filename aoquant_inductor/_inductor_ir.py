@@ -1,0 +1,76 @@
+"""The second half of `_inductor`: the private building blocks of Inductor's IR that our lowerings are made of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from aoquant_inductor._inductor import private
+
+Expr = Any  # int or sympy.Expr
+IR = Any  # TensorBox
+
+
+def register_lowering(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    (register,) = private("torch._inductor.lowering", "register_lowering")
+    register(op, type_promotion_kind=None)(function)
+
+
+def aten(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> IR:
+    """Inductor's own lowering of an aten op."""
+    (lowerings,) = private("torch._inductor.lowering", "lowerings")
+    return lowerings[op](*args, **kwargs)
+
+
+def to_dtype(x: IR, dtype: torch.dtype) -> IR:
+    (convert,) = private("torch._inductor.lowering", "to_dtype")
+    return convert(x, dtype)
+
+
+def view(x: IR, sizes: Sequence[Expr]) -> IR:
+    (reshape,) = private("torch._inductor.lowering", "view")
+    return reshape(x, list(sizes))
+
+
+def fallback(op: torch._ops.OpOverload, *args: Any) -> IR:
+    """The op's eager implementation, called from the wrapper."""
+    (handler,) = private("torch._inductor.lowering", "fallback_handler")
+    return handler(op, add_to_fallback_set=False)(*args)
+
+
+def pointwise(sizes: Sequence[Expr], dtype: torch.dtype, device: torch.device, body: Callable[..., Any]) -> IR:
+    """An elementwise node: body(ops, index) -> value."""
+    (ir,) = private("torch._inductor", "ir")
+    (virtualized,) = private("torch._inductor", "virtualized")
+    return ir.Pointwise.create(
+        device=device, dtype=dtype, inner_fn=functools.partial(body, virtualized.ops), ranges=list(sizes)
+    )
+
+
+def floor_div(a: Expr, b: int) -> Expr:
+    (division,) = private("torch.utils._sympy.functions", "FloorDiv")
+    return division(a, b)
+
+
+def modulo(a: Expr, b: int) -> Expr:
+    (mod,) = private("torch.utils._sympy.functions", "ModularIndexing")
+    return mod(a, 1, b)
+
+
+def realize(x: IR) -> IR:
+    """x as a dense row-major buffer."""
+    (ir,) = private("torch._inductor", "ir")
+    return ir.ExternKernel.require_contiguous(x)
+
+
+def static(x: Expr) -> int | None:
+    """The value of a size if it is known at compile time."""
+    return int(x) if isinstance(x, int | sympy.Integer) else None
+
+
+def product(sizes: Sequence[Expr]) -> Expr:
+    return functools.reduce(lambda a, b: a * b, sizes, sympy.Integer(1))

@@ -1,0 +1,76 @@
+"""torch.ops.aoquant.* -> Inductor IR: normalise the arguments, ask each backend for its choices, take the best.
+
+A backend is a function (problem) -> (kernel name, IR) | None; the first of a device's list that can do it wins.
+`portable` can do everything on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import lowering_portable as portable
+from aoquant_inductor import ops, qparams
+from aoquant_inductor.packing import WeightKey
+from aoquant_inductor.problem import Problem
+
+Kernels = dict[WeightKey, set[str]]
+_recording: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("aoquant_kernels", default=None)
+
+BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {}
+"""device type -> what to try before the portable lowering."""
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Kernels]:
+    """Collects which kernel the lowerings inside took for which weight."""
+    install()
+    kernels: Kernels = {}
+    token = _recording.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _recording.reset(token)
+
+
+def _lower(problem: Problem) -> Any:
+    tries = (*BACKENDS.get(problem.device.type, ()), portable.linear)
+    name, result = next(found for backend in tries if (found := backend(problem)) is not None)
+    kernels = _recording.get()
+    if kernels is not None:
+        kernels.setdefault(problem.key, set()).add(name)
+    return ir.view(result, [*problem.leading, problem.n])
+
+
+def _linear_wo(x: Any, w: Any, scale: Any, zero: Any, bias: Any, *key: Any) -> Any:
+    return _lower(Problem.of(x, None, None, w, scale, zero, None, bias, key, x.get_dtype()))
+
+
+def _linear_dynamic(
+    x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any, *key: Any
+) -> Any:
+    return _lower(Problem.of(x_q, x_scale, x_zero, w, scale, zero, sums, bias, key[:-1], key[-1]))
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Ops that are their own reference: a row reduction and a pointwise node, which Inductor fuses into the producer."""
+    ns = torch.ops.aoquant
+    return {
+        ns.quantize_per_token.default: qparams.quantize_per_token,
+        ns.quantize_per_token_asym.default: qparams.quantize_per_token_asym,
+    }
+
+
+@functools.cache
+def install() -> None:
+    """Registers every lowering, once, at the first compile."""
+    ns = torch.ops.aoquant
+    assert ns.linear_wo.default._schema.name.startswith(ops.NAMESPACE)
+    ir.register_lowering(ns.linear_wo.default, _linear_wo)
+    ir.register_lowering(ns.linear_dynamic.default, _linear_dynamic)

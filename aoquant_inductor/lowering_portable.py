@@ -1,0 +1,116 @@
+"""Every op in Inductor's own IR: right on every device, fused where Inductor fuses; fast only by luck.
+
+Weight-only: the dequantization is a pointwise node in front of a matmul; for one row the whole is one fused reduction.
+Dynamic: aten._int_mm with the rescale fused behind it where it can run, else exact sums another way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor.problem import Problem
+
+aten = torch.ops.aten
+F32 = torch.float32
+
+
+def _integers(p: Problem) -> Any:
+    """w_q[N, K] as a pointwise node over the plain layout, int8."""
+    if p.bits == 8:
+        return p.w
+    load = p.w.make_loader()
+
+    def body(ops: Any, index: Any) -> Any:
+        n, k = index
+        byte = ops.to_dtype(load((n, ir.floor_div(k, 2))), torch.int32)
+        shift = ops.index_expr(ir.modulo(k, 2) * 4, torch.int32)
+        nibble = ops.bitwise_and(ops.bitwise_right_shift(byte, shift), ops.constant(15, torch.int32))
+        return ops.to_dtype(ops.sub(nibble, ops.constant(8, torch.int32)), torch.int8)
+
+    return ir.pointwise((p.n, p.k), torch.int8, p.device, body)
+
+
+def _dense(p: Problem, dtype: torch.dtype) -> Any:
+    """The dequantized weight[N, K] in `dtype`, computed in fp32; a pointwise node."""
+    q = _integers(p).make_loader()
+    scale = p.scale.make_loader()
+    zero = None if p.zero is None else p.zero.make_loader()
+
+    def body(ops: Any, index: Any) -> Any:
+        n, k = index
+        group = (ir.floor_div(k, p.group_size), n)
+        value, s = (ops.to_dtype(t, F32) for t in (q((n, k)), scale(group)))
+        if zero is not None:
+            z = ops.to_dtype(zero(group), F32)
+            value = ops.mul(ops.sub(value, z), s) if p.zero_point == "int" else ops.add(ops.mul(value, s), z)
+        else:
+            value = ops.mul(value, s)
+        return ops.to_dtype(value, dtype)
+
+    return ir.pointwise((p.n, p.k), dtype, p.device, body)
+
+
+def _matmul(x: Any, w: Any, p: Problem, dtype: torch.dtype) -> Any:
+    """x[M, K] @ w[N, K]^T in `dtype`; one row is a reduction that fuses with what makes w."""
+    if ir.static(p.m) == 1:
+        partial = ir.aten(aten.mul.Tensor, ir.to_dtype(x, F32), ir.to_dtype(w, F32))
+        return ir.to_dtype(ir.view(ir.aten(aten.sum.dim_IntList, partial, [1]), [1, p.n]), dtype)
+    return ir.aten(aten.mm.default, ir.to_dtype(x, dtype), ir.aten(aten.permute.default, ir.realize(w), [1, 0]))
+
+
+def _add_bias(y: Any, p: Problem) -> Any:
+    if p.bias is None:
+        return ir.to_dtype(y, p.out_dtype)
+    return ir.to_dtype(ir.aten(aten.add.Tensor, ir.to_dtype(y, F32), ir.to_dtype(p.bias, F32)), p.out_dtype)
+
+
+def _int_mm(p: Problem) -> Any | None:
+    """int32[M, N] exact, or None where aten._int_mm cannot: CUDA's wants M > 16 and K, N of 8."""
+    m = ir.static(p.m)
+    if p.groups > 1 or p.k == 0:
+        return None
+    if p.device.type == "cuda" and (m is None or m <= 16 or p.k % 8 or p.n % 8):
+        return None
+    w = ir.realize(_integers(p))
+    return ir.aten(aten._int_mm.default, ir.realize(p.x), ir.aten(aten.permute.default, w, [1, 0]))
+
+
+def _dynamic(p: Problem) -> tuple[str, Any]:
+    row = lambda t: ir.to_dtype(t, F32)  # noqa: E731
+    total = _int_mm(p)
+    if total is None:
+        # Values of both sides on the model's own scale: an integer product in fp16 would overflow before its rescale.
+        x = row(p.x)
+        if p.x_zero is not None:
+            x = ir.aten(aten.sub.Tensor, x, row(p.x_zero))
+        x = ir.aten(aten.mul.Tensor, x, p.x_scale)
+        dtype = F32 if p.device.type == "cpu" else p.out_dtype
+        return "portable: dequantize + mm", _add_bias(_matmul(x, _dense(p, dtype), p, dtype), p)
+    total, scale = row(total), row(p.scale)
+    sums = None if p.sums is None else row(p.sums)
+    x_sum = None
+    if p.zero is not None:
+        x_sum = row(ir.aten(aten.sum.dim_IntList, ir.to_dtype(p.x, torch.int32), [1], True))
+    if p.x_zero is not None:
+        total = ir.aten(aten.sub.Tensor, total, ir.aten(aten.mul.Tensor, row(p.x_zero), sums))
+        if x_sum is not None:
+            x_sum = ir.aten(aten.sub.Tensor, x_sum, ir.aten(aten.mul.Tensor, row(p.x_zero), float(p.k)))
+    y = ir.aten(aten.mul.Tensor, total, scale)
+    if x_sum is not None:
+        zero = row(p.zero)
+        if p.zero_point == "int":
+            zero = ir.aten(aten.neg.default, ir.aten(aten.mul.Tensor, zero, scale))
+        y = ir.aten(aten.add.Tensor, y, ir.aten(aten.mul.Tensor, x_sum, zero))
+    return "portable: _int_mm + rescale", _add_bias(ir.aten(aten.mul.Tensor, y, p.x_scale), p)
+
+
+def linear(p: Problem) -> tuple[str, Any]:
+    """(kernel name, y[M, N])."""
+    if ir.static(p.m) == 0 or p.n == 0:
+        return "nothing to do", ir.aten(aten.full.default, [p.m, p.n], 0, dtype=p.out_dtype, device=p.device)
+    if p.dynamic:
+        return _dynamic(p)
+    return "portable: dequantize + mm", _add_bias(_matmul(p.x, _dense(p, p.out_dtype), p, p.out_dtype), p)

@@ -1,0 +1,122 @@
+"""torch.ops.aoquant.*: schema, meta and eager reference of every op a rewritten graph may hold.
+
+The reference is the definition: fp32 arithmetic on the unpacked weight. Kernels are judged against it, and it is what runs
+where nothing better exists. Rewriter and kernels meet here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aoquant_inductor import packing, qparams
+
+NAMESPACE = "aoquant"
+_lib = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901  (lives as long as the process)
+
+# What every linear op says about its weight, after its tensors. group_size 0 is one group per row.
+_WEIGHT = "int in_features, int out_features, str w_dtype, int group_size, str zero_point, str layout"
+
+
+def _define(name: str, schema: str) -> None:
+    _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+_define("quantize_per_token", "(Tensor x) -> (Tensor, Tensor)")
+_define("quantize_per_token_asym", "(Tensor x) -> (Tensor, Tensor, Tensor)")
+_define("linear_wo", f"(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, {_WEIGHT}) -> Tensor")
+_define(
+    "linear_dynamic",
+    "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? w_sums, "
+    f"Tensor? bias, {_WEIGHT}, ScalarType out_dtype) -> Tensor",
+)
+
+
+def _unpacked(
+    w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, k: int, n: int, w_dtype: str, layout: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return packing.unpack(w, k, n, w_dtype, layout), w_scale[:, :n], None if w_zero is None else w_zero[:, :n]
+
+
+def linear_wo(
+    x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, bias: torch.Tensor | None,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
+) -> torch.Tensor:
+    """(x[..., K] floating, w packed, w_scale[G, N], w_zero[G, N], bias[N]) -> y[..., N] in x's dtype; fp32 accumulation."""
+    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
+    dense = qparams.dequantize(q, scale, zero, group_size or None, zero_point)
+    return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear_dynamic(
+    x_q: torch.Tensor, x_scale: torch.Tensor, x_zero: torch.Tensor | None,
+    w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, w_sums: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """(x_q[..., K] int8, x_scale[..., 1], x_zero[..., 1], w packed, w_scale[G, N], ...) -> y[..., N]; exact integer sums.
+
+    y = x_scale * sum_g dequantize(sum_k (x_q - x_zero) * w_q) + bias, where w_sums[G, N] = sum_k w_q of each group carries
+    the x_zero of asymmetric activations.
+    """
+    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
+    g = group_size or max(in_features, 1)
+    shape = x_q.shape[:-1]
+    # float64 holds every int32 sum exactly and has a fast matmul everywhere
+    left, right = x_q.reshape(-1, in_features).double(), q.double()
+    y = torch.zeros(left.shape[0], out_features, dtype=torch.float64, device=x_q.device)
+    offset = None if x_zero is None else x_zero.reshape(-1, 1).double()
+    for i, part in enumerate(left.split(g, 1)):
+        s, total = scale[i].double(), part @ right[:, i * g : i * g + part.shape[1]].t()
+        x_sum = part.sum(1, keepdim=True)
+        if offset is not None:
+            if w_sums is None:
+                raise ValueError("linear_dynamic: asymmetric activations need w_sums")
+            total = total - offset * w_sums[i, :out_features].double()
+            x_sum = x_sum - offset * part.shape[1]
+        y += total * s
+        if zero is not None:
+            z = zero[i].double()
+            y -= x_sum * (z * s if zero_point == "int" else -z)
+    y = y * x_scale.reshape(-1, 1).double()
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(out_dtype).reshape(*shape, out_features)
+
+
+def _impl(name: str, function: object) -> None:
+    _lib.impl(name, function, "CompositeExplicitAutograd")
+
+
+_impl("quantize_per_token", qparams.quantize_per_token)
+_impl("quantize_per_token_asym", qparams.quantize_per_token_asym)
+_impl("linear_wo", linear_wo)
+_impl("linear_dynamic", linear_dynamic)
+
+
+def _row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize_per_token", lib=_lib)
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), _row(x, torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize_per_token_asym", lib=_lib)
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), _row(x, torch.float32), _row(x, torch.int32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_wo", lib=_lib)
+def _(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, bias: torch.Tensor | None,
+      in_features: int, out_features: int, *spec: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_dynamic", lib=_lib)
+def _(x_q: torch.Tensor, x_scale: torch.Tensor, x_zero: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor,
+      w_zero: torch.Tensor | None, w_sums: torch.Tensor | None, bias: torch.Tensor | None,
+      in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
+      out_dtype: torch.dtype) -> torch.Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], out_features), dtype=out_dtype)

@@ -1,0 +1,140 @@
+"""w_q -> the bytes that a kernel of this device wants, and back.
+
+| layout     | w                                                         | scale, zero                                  |
+|------------|-----------------------------------------------------------|----------------------------------------------|
+| `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
+| `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
+| `cpu_vnni` | packing_cpu.py, for vpdpbusd; needs sums                  | the same                                     |
+
+A layout is a value in LAYOUTS: the op names it, the lowering picks a kernel by it, `unpack` serves the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aoquant_inductor import packing_cpu, qparams
+from aoquant_inductor.qparams import Quantized
+from aoquant_inductor.scheme import DTYPES, Scheme
+
+WeightKey = tuple[int, int, str, int, str, str]
+"""in_features, out_features, w_dtype, group_size, zero_point, layout: what an op is told about its weight."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as its kernel reads it, and what the op must be told; `zero_point` is the convention of `zero`."""
+
+    w: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    sums: torch.Tensor | None
+    shape: tuple[int, int]
+    w_dtype: str
+    group_size: int
+    zero_point: str
+    layout: str
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in (self.w, self.scale, self.zero, self.sums) if t is not None)
+
+    @property
+    def key(self) -> WeightKey:
+        return (self.shape[1], self.shape[0], self.w_dtype, self.group_size, self.zero_point, self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def copy_(self, other: Packed) -> None:
+        """Other values into the same storage: compiled graphs and CUDA graphs hold these addresses."""
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(theirs)
+
+
+@dataclass(frozen=True)
+class Layout:
+    pack: Callable[[Quantized, bool], Packed]
+    unpack: Callable[[torch.Tensor, int, int, str], torch.Tensor]
+
+
+def group_sums(w_q: torch.Tensor, group_size: int | None) -> torch.Tensor:
+    """w_q[N, K] -> int32[G, N], the sum of each group along K."""
+    parts = w_q.split(group_size or max(w_q.shape[1], 1), 1)
+    return torch.stack([p.sum(1, dtype=torch.int32) for p in parts])
+
+
+def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
+    spec, w = quantized.spec, quantized.w_q
+    n, k = w.shape
+    if spec.bits == 4:
+        codes = (torch.nn.functional.pad(w, (0, k % 2)) + 8).view(torch.uint8)
+        w = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    total = group_sums(quantized.w_q, spec.group_size) if sums else None
+    return Packed(
+        w.contiguous(), quantized.scale, quantized.zero, total, (n, k), spec.dtype, spec.group_size or 0,
+        spec.zero_point, "plain",
+    )
+
+
+def _plain_unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
+    if DTYPES[w_dtype][0] == 8:
+        return w
+    return torch.stack((w & 15, w >> 4), -1).reshape(n, -1)[:, :k].view(torch.int8) - 8
+
+
+def _cpu(kind: str) -> Layout:
+    def pack(quantized: Quantized, sums: bool) -> Packed:
+        spec, (n, k) = quantized.spec, quantized.w_q.shape
+        group = spec.group_size or 0
+        n_pad, k_pad = packing_cpu.padded_shape(n, k, group, kind)
+        pad = (0, n_pad - n)
+        scale = torch.nn.functional.pad(quantized.scale.float(), pad)
+        zero = None
+        if quantized.zero is not None:
+            z = quantized.zero.float()
+            zero = torch.nn.functional.pad(-z * quantized.scale.float() if spec.zero_point == "int" else z, pad)
+        total = packing_cpu.group_sums(quantized.w_q, group, n_pad) if sums or kind == "cpu_vnni" else None
+        w = packing_cpu.pack_vnni(quantized.w_q, spec.bits, k_pad, n_pad, kind)
+        return Packed(w, scale, zero, total, (n, k), spec.dtype, group, "float", kind)
+
+    def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
+        return packing_cpu.unpack_vnni(w, DTYPES[w_dtype][0], n, k, kind)
+
+    return Layout(pack, unpack)
+
+
+LAYOUTS = {"plain": Layout(_plain_pack, _plain_unpack), "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni")}
+
+
+def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str:
+    """The layout of a weight of `dtype` on `device`."""
+    if device.type == "cpu" and scheme.weight.bits in (4, 8):
+        wanted = torch.backends.cpu.get_cpu_capability()
+        del wanted
+    return "plain"
+
+
+def pack(quantized: Quantized, scheme: Scheme, layout: str) -> Packed:
+    asymmetric = scheme.activation is not None and not scheme.activation.symmetric
+    return LAYOUTS[layout].pack(quantized, asymmetric)
+
+
+def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str, layout: str) -> torch.Tensor:
+    """packed w -> w_q[N, K] int8."""
+    return LAYOUTS[layout].unpack(w, k, n, w_dtype)
+
+
+def packed_bytes(shape: torch.Size, dtype: torch.dtype, scheme: Scheme) -> int:
+    """The size of a weight[N, K] of `dtype` in the plain layout, without packing it."""
+    n, k = shape
+    spec = scheme.weight
+    groups = qparams.n_groups(k, spec.group_size)
+    scale = groups * n * qparams.scale_dtype(dtype, spec).itemsize
+    zero = 0 if spec.symmetric else groups * n * (1 if spec.zero_point == "int" else dtype.itemsize)
+    asymmetric = scheme.activation is not None and not scheme.activation.symmetric
+    return n * -(-k * spec.bits // 8) + scale + zero + (4 * groups * n if asymmetric else 0)

@@ -1,0 +1,78 @@
+"""One linear as a lowering sees it: IR nodes, sizes and what the weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor.packing import WeightKey
+from aoquant_inductor.scheme import DTYPES
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x[M, K] (int8 with x_scale[M, 1], x_zero[M, 1] when dynamic), the packed weight, bias[N] -> y[M, N] in out_dtype."""
+
+    x: Any
+    x_scale: Any
+    x_zero: Any
+    w: Any
+    scale: Any
+    zero: Any
+    sums: Any
+    bias: Any
+    key: WeightKey
+    out_dtype: torch.dtype
+    leading: tuple[Any, ...]
+    m: Any
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, x: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any,
+        key: Sequence[Any], out_dtype: torch.dtype,
+    ) -> Problem:
+        leading = tuple(x.get_size()[:-1])
+        m, k = ir.product(leading), key[0]
+        rows = lambda t: None if t is None else ir.view(t, [m, 1])  # noqa: E731
+        return cls(
+            ir.view(x, [m, k]), rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
+            leading, m, x.get_device(),
+        )
+
+    @property
+    def k(self) -> int:
+        return self.key[0]
+
+    @property
+    def n(self) -> int:
+        return self.key[1]
+
+    @property
+    def bits(self) -> int:
+        return DTYPES[self.key[2]][0]
+
+    @property
+    def group_size(self) -> int:
+        """Elements along K of one scale; K for per-channel."""
+        return self.key[3] or max(self.k, 1)
+
+    @property
+    def groups(self) -> int:
+        return int(self.scale.get_size()[0])
+
+    @property
+    def zero_point(self) -> str:
+        return self.key[4]
+
+    @property
+    def layout(self) -> str:
+        return self.key[5]
+
+    @property
+    def dynamic(self) -> bool:
+        return self.x_scale is not None

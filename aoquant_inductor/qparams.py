@@ -1,0 +1,172 @@
+"""Weights to integers: (t[N, K], QuantSpec) -> w_q[N, K], scale[G, N], zero[G, N]; plain torch, any device.
+
+G is the number of groups along K, 1 for a per-channel spec; the last group may be ragged. The convention of a zero is the
+spec's: `int` t ~ (q - zero) * scale, `float` t ~ q * scale + zero. Scale and zero are laid [G, N] because every kernel walks
+N contiguously within one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aoquant_inductor.scheme import QuantSpec
+
+# A smaller normal float does not exist: dividing by it stays finite for every weight that a half type can hold, and an
+# all-zero row quantizes to exact zeros.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+_CHUNK = 1 << 22  # elements in fp32 at a time: packing must not need a second fp32 model
+
+
+class NonFinite(ValueError):
+    """A weight holds NaN or Inf; `index` is the first such element, (n, k)."""
+
+    def __init__(self, index: tuple[int, int]) -> None:
+        super().__init__(f"a non-finite value (first at [{index[0]}, {index[1]}])")
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """w_q[N, K] int8, scale[G, N] float, zero[G, N] int8 | float | None; signal and noise are sums of squares (0-d fp64)."""
+
+    w_q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    spec: QuantSpec
+    signal: torch.Tensor
+    noise: torch.Tensor
+
+    def sqnr_db(self) -> float:
+        """10 log10(|t|^2 / |t - dequantize(q)|^2); inf when exact."""
+        signal, noise = float(self.signal), float(self.noise)
+        return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def n_groups(k: int, group_size: int | None) -> int:
+    return 1 if group_size is None else -(-k // group_size)
+
+
+def scale_dtype(t: torch.dtype, spec: QuantSpec) -> torch.dtype:
+    """bf16 for groups of a half-precision weight (fp16 scales underflow), else fp32."""
+    return torch.float32 if spec.group_size is None or t == torch.float32 else torch.bfloat16
+
+
+def _round_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To `dtype`, never below: a scale that shrank would clip the extremes by more than half a step."""
+    low = scale.to(dtype)
+    if dtype == torch.float32:
+        return low
+    return torch.where(low.float() < scale, (low.view(torch.int16) + 1).view(dtype), low)
+
+
+def _minmax(t: torch.Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """t[N, G, g] fp32 -> scale[N, G], zero[N, G]; the range is the data's."""
+    if spec.symmetric:
+        scale = t.abs().amax(-1) / spec.qmax
+        return _round_up(scale.clamp_min(SCALE_FLOOR), scale_dtype(dtype, spec)), None
+    low, high = t.amin(-1), t.amax(-1)
+    if spec.zero_point == "int":  # zero must be on the grid
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    steps = spec.qmax - spec.qmin
+    scale = (high / steps - low / steps).clamp_min(SCALE_FLOOR)  # high - low may overflow
+    scale = _round_up(scale, scale_dtype(dtype, spec))
+    if spec.zero_point == "int":
+        zero = spec.qmin - (low / scale.float()).round()
+        return scale, zero.clamp(spec.qmin, spec.qmax).to(torch.int8)
+    return scale, (low - spec.qmin * scale.float()).to(dtype)
+
+
+ALGORITHMS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {"minmax": _minmax}
+
+
+def _to_grid(t: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
+    s = scale.float().unsqueeze(-1)
+    if zero is None:
+        q = (t / s).round()
+    elif spec.zero_point == "int":
+        q = (t / s).round() + zero.float().unsqueeze(-1)
+    else:
+        q = ((t - zero.float().unsqueeze(-1)) / s).round()
+    return q.clamp(spec.qmin, spec.qmax)
+
+
+def from_grid(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec_zero: str) -> torch.Tensor:
+    """q[..., g] and scale, zero broadcast against it -> values; the one statement of the two zero conventions."""
+    if zero is None:
+        return q * scale
+    return (q - zero) * scale if spec_zero == "int" else q * scale + zero
+
+
+def quantize(t: torch.Tensor, spec: QuantSpec, algorithm: str = "minmax") -> Quantized:
+    """(t[N, K] floating, QuantSpec) -> Quantized. |dequantize(q) - t| <= scale / 2 for min-max.
+
+    Raises NonFinite with the first bad element.
+    """
+    n, k = t.shape
+    g = spec.group_size or max(k, 1)
+    groups = n_groups(k, spec.group_size)
+    device, kind = t.device, t.dtype
+    w_q = torch.empty(n, k, dtype=torch.int8, device=device)
+    scale = torch.empty(groups, n, dtype=scale_dtype(kind, spec), device=device)
+    zero: torch.Tensor | None = None
+    if not spec.symmetric:
+        zero = torch.empty(groups, n, dtype=torch.int8 if spec.zero_point == "int" else kind, device=device)
+    signal, noise = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+    rows = max(1, _CHUNK // max(k, 1))
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        source = t[part].float()
+        if not torch.isfinite(source).all():
+            row, column = (~torch.isfinite(source)).nonzero()[0].tolist()
+            raise NonFinite((start + row, column))
+        # replicate: the ragged tail repeats an element of its own group and so never widens its range
+        padded = torch.nn.functional.pad(source, (0, groups * g - k), mode="replicate") if groups * g != k else source
+        padded = padded.reshape(-1, groups, g)
+        s, z = ALGORITHMS[algorithm](padded, spec, kind)
+        q = _to_grid(padded, s, z, spec)
+        back = from_grid(q, s.float().unsqueeze(-1), None if z is None else z.float().unsqueeze(-1), spec.zero_point)
+        w_q[part] = q.reshape(-1, groups * g)[:, :k].to(torch.int8)
+        scale[:, part] = s.t()
+        if zero is not None and z is not None:
+            zero[:, part] = z.t()
+        signal += source.square().sum(dtype=torch.float64)
+        noise += (back.reshape(-1, groups * g)[:, :k] - source).square().sum(dtype=torch.float64)
+    return Quantized(w_q, scale, zero, spec, signal, noise)
+
+
+def dequantize(
+    w_q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group_size: int | None, spec_zero: str = "int",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """(w_q[N, K], scale[G, N], zero[G, N]) -> w[N, K] in `dtype`; the arithmetic is done in `dtype`."""
+    n, k = w_q.shape
+    groups = scale.shape[0]
+    if groups == 1:
+        s, z = scale.t(), None if zero is None else zero.t()
+        return from_grid(w_q.to(dtype), s.to(dtype), None if z is None else z.to(dtype), spec_zero)
+    g = group_size or k
+    index = torch.arange(k, device=w_q.device) // g
+    s = scale.to(dtype)[index].t()
+    z = None if zero is None else zero.to(dtype)[index].t()
+    return from_grid(w_q.to(dtype), s, z, spec_zero)
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x[..., K] -> x_q[..., K] int8 in -127..127, x_scale[..., 1] fp32; x ~ x_q * x_scale."""
+    values = x.float()
+    scale = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(SCALE_FLOOR)
+    return (values / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize_per_token_asym(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x[..., K] -> x_q[..., K] int8, x_scale[..., 1] fp32, x_zero[..., 1] int32; x ~ (x_q - x_zero) * x_scale."""
+    values = x.float()
+    low = values.amin(-1, keepdim=True).clamp_max(0)
+    high = values.amax(-1, keepdim=True).clamp_min(0)
+    scale = (high / 255 - low / 255).clamp_min(SCALE_FLOOR)
+    zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    return ((values / scale).round() + zero).clamp(-128, 127).to(torch.int8), scale, zero.to(torch.int32)

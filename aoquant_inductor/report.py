@@ -1,0 +1,155 @@
+"""What was quantized, what was not, and why: one type for `report(compiled)` and `plan(model, options)`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+log = logging.getLogger("aoquant_inductor")
+VERSION = 1
+
+QUANTIZED, SKIPPED = "quantized", "skipped"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear. bytes_before / bytes_after of its weight; sqnr_db of the quantized weight; reason: why it was skipped."""
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, int]  # [N, K]
+    scheme: str | None
+    matched_by: str | None
+    status: str
+    reason: str | None = None
+    detail: str | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    sqnr_db: float | None = None
+    kernel: str | None = None
+
+
+def _size(n: int) -> str:
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1), ("GB", 1)):
+        if n < 1000 or unit == "GB":
+            return f"{n:.{digits}f} {unit}"
+        n /= 1000  # type: ignore[assignment]
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class Report:
+    """`.layers`, `.totals`, `.summary()`, `.to_json()`; `print()` gives the table."""
+
+    layers: tuple[Layer, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.status == QUANTIZED)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        before = sum(layer.bytes_before for layer in self.layers)
+        return {
+            "linears": len(self.layers),
+            "quantized": len(self.quantized),
+            "schemes": dict(Counter(str(layer.scheme) for layer in self.quantized)),
+            "reasons": dict(Counter(str(layer.reason) for layer in self.layers if layer.status == SKIPPED)),
+            "bytes_before": before,
+            "bytes_after": sum(layer.bytes_after for layer in self.layers),
+            **self.extra,
+        }
+
+    def summary(self) -> str:
+        """`quantized 224 of 225 linears (int4wo-128: 224; lm_head: user), 13.5 GB -> 3.6 GB`."""
+        t = self.totals
+        parts = [f"{scheme}: {count}" for scheme, count in t["schemes"].items()]
+        skipped = [layer for layer in self.layers if layer.status == SKIPPED]
+        if len(skipped) <= 3:
+            parts += [f"{layer.name}: {layer.reason}" for layer in skipped]
+        else:
+            parts += [f"{reason}: {count}" for reason, count in t["reasons"].items()]
+        sizes = f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])}"
+        return f"quantized {t['quantized']} of {t['linears']} linears ({'; '.join(parts)}), {sizes}"
+
+    def to_json(self) -> str:
+        layers = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(layer).items()}
+            for layer in self.layers
+        ]
+        return json.dumps({"version": VERSION, "totals": self.totals, "layers": layers}, indent=1)
+
+    def __str__(self) -> str:
+        head = ("name", "shape", "scheme", "matched by", "status", "bytes", "dB", "kernel")
+        rows = [head] + [
+            (
+                layer.name, "x".join(map(str, layer.shape)), layer.scheme or "-", layer.matched_by or "-",
+                layer.status if layer.reason is None else f"{layer.status}: {layer.reason}",
+                f"{_size(layer.bytes_before)} -> {_size(layer.bytes_after)}",
+                "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}", layer.kernel or "-",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        details = [f"{layer.name} {layer.detail}" for layer in self.layers if layer.detail]
+        return "\n".join([*lines, *details, self.summary()])
+
+
+def merge(reports: Iterable[Report]) -> tuple[Layer, ...]:
+    """One Layer per name; a quantized one wins over a skipped one (a graph may be compiled again for training)."""
+    merged: dict[str, Layer] = {}
+    for report in reports:
+        for layer in report.layers:
+            old = merged.get(layer.name)
+            if old is None or old.status == SKIPPED or layer.status == QUANTIZED:
+                kernels = {k for k in (old and old.kernel, layer.kernel) if k}
+                kernel = ", ".join(sorted({p for k in kernels for p in k.split(", ")})) or None
+                merged[layer.name] = replace(layer, kernel=kernel)
+    return tuple(merged.values())
+
+
+class Log:
+    """The graphs of one compiled object, in the order they were compiled."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Report] = []
+        self.entries: list[Any] = []  # weights.Entry of every pack its graphs hold, for refresh()
+        self.pack_seconds = 0.0
+        self.compile_seconds = 0.0
+
+    def report(self) -> Report:
+        layers = merge(self.graphs)
+        return Report(
+            layers,
+            {
+                "graphs": len(self.graphs),
+                "recompiles": max(0, len(self.graphs) - len({tuple(sorted(x.name for x in g.layers)) for g in self.graphs})),
+                "pack_seconds": round(self.pack_seconds, 3),
+                "compile_seconds": round(self.compile_seconds, 3),
+                "torch": torch.__version__,
+            },
+        )
+
+
+_LOGS: weakref.WeakKeyDictionary[Any, Log] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def log_of(context: object) -> Log:
+    with _lock:
+        return _LOGS.setdefault(context, Log())
+
+
+def find_log(context: object | None) -> Log | None:
+    return None if context is None else _LOGS.get(context)

@@ -1,0 +1,120 @@
+"""The life of a packed weight: packed once per (weight, scheme, layout), shared by every graph, repacked in place.
+
+A Parameter is the key. The store holds it weakly: when it dies its packs go too, once the last graph that holds them is gone.
+What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the data pointer (`.data =`);
+writes that PyTorch does not count (`p.data.fill_`, numpy views, fused optimizers) are seen by nobody: `refresh` repairs them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from aoquant_inductor import packing, qparams
+from aoquant_inductor._inductor import plain_tensors
+from aoquant_inductor.packing import Packed
+from aoquant_inductor.scheme import Scheme
+
+PackKey = tuple[Scheme, str]
+
+
+def _stamp(weight: torch.Tensor) -> tuple[int, int]:
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+
+
+def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
+    """weight[N, K] -> its pack and the SQNR in dB of the quantized values. Raises qparams.NonFinite."""
+    with plain_tensors():
+        quantized = qparams.quantize(weight.detach(), scheme.weight, scheme.qparams)
+        return packing.pack(quantized, scheme, layout), quantized.sqnr_db()
+
+
+class Entry:
+    """One weight: its packs, and the state of the weight they were made from."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.ref = weakref.ref(weight, lambda _, key=id(weight): STORE.drop(key))
+        self.tracked = not weight.is_inference()
+        self.version, self.pointer = _stamp(weight)
+        self.packs: dict[PackKey, tuple[Packed, float]] = {}
+        self.repacks = 0
+
+    def stale(self) -> bool:
+        weight = self.ref()
+        return weight is not None and (
+            (self.tracked and weight._version != self.version) or weight.data_ptr() != self.pointer
+        )
+
+    def repack(self) -> None:
+        """New values into the same storage. Raises qparams.NonFinite, and then keeps the old values and the old stamp."""
+        weight = self.ref()
+        if weight is None:
+            return
+        stamp = _stamp(weight)
+        fresh = {key: pack_weight(weight, *key) for key in self.packs}
+        with plain_tensors():
+            for key, (packed, sqnr) in fresh.items():
+                self.packs[key][0].copy_(packed)
+                self.packs[key] = (self.packs[key][0], sqnr)
+        self.version, self.pointer = stamp
+        self.repacks += 1
+
+
+class Store:
+    """Parameter -> Entry, process-wide."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._lock = threading.RLock()
+        self.packed = 0  # how often a weight was packed from scratch
+
+    def drop(self, key: int) -> None:
+        self._entries.pop(key, None)
+
+    def entry(self, weight: torch.Tensor) -> Entry:
+        with self._lock:
+            found = self._entries.get(id(weight))
+            if found is None or found.ref() is not weight:  # an id may be reused before the callback ran
+                found = self._entries[id(weight)] = Entry(weight)
+            return found
+
+    def pack(self, weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Entry, Packed, float]:
+        """The shared pack of a weight, made now if there is none, brought up to date if it is stale."""
+        with self._lock:
+            entry = self.entry(weight)
+            if entry.packs and entry.stale():
+                entry.repack()
+            key = (scheme, layout)
+            if key not in entry.packs:
+                entry.version, entry.pointer = _stamp(weight)
+                entry.packs[key] = pack_weight(weight, scheme, layout)
+                self.packed += 1
+            return (entry, *entry.packs[key])
+
+    def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
+        """Repack what is stale (or all of it) in place; the number of weights repacked."""
+        with self._lock:
+            todo = [e for e in entries if everything or e.stale()]
+            for entry in todo:
+                entry.repack()
+            return len(todo)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+STORE = Store()
+
+
+def any_stale(entries: Sequence[Entry]) -> bool:
+    """Whether a packed weight changed since it was packed; what every call of a checked graph asks."""
+    for entry in entries:
+        weight = entry.ref()
+        if weight is not None and (
+            (entry.tracked and weight._version != entry.version) or weight.data_ptr() != entry.pointer
+        ):
+            return True
+    return False
