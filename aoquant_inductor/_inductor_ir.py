@@ -74,3 +74,33 @@ def static(x: Expr) -> int | None:
 
 def product(sizes: Sequence[Expr]) -> Expr:
     return functools.reduce(lambda a, b: a * b, sizes, sympy.Integer(1))
+
+
+def cpp_template(
+    name: str, inputs: dict[str, IR | None], m: Expr, n: int, dtype: torch.dtype, device: torch.device, preamble: str, body: str
+) -> IR:
+    """A C++ kernel of ours in Inductor's generated code: y[M, N] dense, in `dtype`.
+
+    `inputs`: argument name -> node, in order; None is left out. `body` is the function's text and uses those names, `y`, and
+    `{m}` and `{threads}`, which are filled in. Nothing fuses into it.
+    """
+    (base,) = private("torch._inductor.codegen.cpp_template", "CppTemplate")
+    (ir,) = private("torch._inductor", "ir")
+    (virtualized,) = private("torch._inductor", "virtualized")
+    (threads,) = private("torch._inductor.utils", "parallel_num_threads")
+    present = {key: realize(node) for key, node in inputs.items() if node is not None}
+    names = {key: ir.ExternKernel.realize_input(node) for key, node in present.items()}
+    layout = ir.FixedLayout(device, dtype, [m, n])
+
+    class Template(base):  # type: ignore[misc, valid-type]
+        def render(self, kernel: Any, template_buffer_node: Any = None, **kwargs: Any) -> str:
+            out = self.output_node if template_buffer_node is None else template_buffer_node
+            rows = kernel.size(out, 0)
+            definition = kernel.def_kernel(inputs=names, outputs={"y": out})
+            text = body.replace("{m}", rows).replace("{threads}", str(self.num_threads))
+            return f'{self.header().getvalue()}\n{preamble}\nextern "C" {definition}\n{{\n{text}\n}}\n'
+
+    template = Template(f"aoquant_{name}", list(names.values()), layout, threads())
+    node = template.generate().output_node()
+    virtualized.V.graph.no_fuse_buffer_names.add(node.get_name())
+    return node

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor import ops, qparams
 from aoquant_inductor.packing import WeightKey
@@ -23,7 +24,7 @@ from aoquant_inductor.problem import Problem
 Kernels = dict[WeightKey, set[str]]
 _recording: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("aoquant_kernels", default=None)
 
-BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {}
+BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {"cpu": (cpu.linear,)}
 """device type -> what to try before the portable lowering."""
 
 

@@ -56,8 +56,8 @@ def linear_dynamic(
 ) -> torch.Tensor:
     """(x_q[..., K] int8, x_scale[..., 1], x_zero[..., 1], w packed, w_scale[G, N], ...) -> y[..., N]; exact integer sums.
 
-    y = x_scale * sum_g dequantize(sum_k (x_q - x_zero) * w_q) + bias, where w_sums[G, N] = sum_k w_q of each group carries
-    the x_zero of asymmetric activations.
+    y = x_scale * (x_q - x_zero) . dequantize(w) + bias. w_sums[1, N] is what x_zero multiplies: sum_k w_q where G = 1, else
+    sum_k w_q * w_scale.
     """
     q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
     g = group_size or max(in_features, 1)
@@ -66,18 +66,18 @@ def linear_dynamic(
     left, right = x_q.reshape(-1, in_features).double(), q.double()
     y = torch.zeros(left.shape[0], out_features, dtype=torch.float64, device=x_q.device)
     offset = None if x_zero is None else x_zero.reshape(-1, 1).double()
+    if offset is not None and w_sums is None:
+        raise ValueError("linear_dynamic: asymmetric activations need w_sums")
+    correction = 0 if offset is None or w_sums is None else offset * w_sums[:, :out_features].double()
     for i, part in enumerate(left.split(g, 1)):
         s, total = scale[i].double(), part @ right[:, i * g : i * g + part.shape[1]].t()
-        x_sum = part.sum(1, keepdim=True)
-        if offset is not None:
-            if w_sums is None:
-                raise ValueError("linear_dynamic: asymmetric activations need w_sums")
-            total = total - offset * w_sums[i, :out_features].double()
-            x_sum = x_sum - offset * part.shape[1]
-        y += total * s
+        y += (total - correction) * s if scale.shape[0] == 1 else total * s
         if zero is not None:
             z = zero[i].double()
+            x_sum = part.sum(1, keepdim=True) - (0 if offset is None else offset * part.shape[1])
             y -= x_sum * (z * s if zero_point == "int" else -z)
+    if scale.shape[0] > 1:
+        y -= correction
     y = y * x_scale.reshape(-1, 1).double()
     if bias is not None:
         y = y + bias.double()

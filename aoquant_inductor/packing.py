@@ -4,7 +4,7 @@
 |------------|-----------------------------------------------------------|----------------------------------------------|
 | `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
 | `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
-| `cpu_vnni` | packing_cpu.py, for vpdpbusd; needs sums                  | the same                                     |
+| `cpu_vnni` | packing_cpu.py, for vpdpbusd                              | the same                                     |
 
 A layout is a value in LAYOUTS: the op names it, the lowering picks a kernel by it, `unpack` serves the reference.
 """
@@ -62,10 +62,14 @@ class Layout:
     unpack: Callable[[torch.Tensor, int, int, str], torch.Tensor]
 
 
-def group_sums(w_q: torch.Tensor, group_size: int | None) -> torch.Tensor:
-    """w_q[N, K] -> int32[G, N], the sum of each group along K."""
-    parts = w_q.split(group_size or max(w_q.shape[1], 1), 1)
-    return torch.stack([p.sum(1, dtype=torch.int32) for p in parts])
+def _x_zero_sums(quantized: Quantized) -> torch.Tensor:
+    """What the zero point of an asymmetric activation multiplies, fp32 [1, N]: sum_k w_q where one scale serves the row
+    (exact, so that it can leave the integer accumulator), else sum_k w_q * scale."""
+    w_q, scale = quantized.w_q, quantized.scale
+    if scale.shape[0] == 1:
+        return w_q.sum(1, dtype=torch.int32).float()[None]
+    parts = w_q.split(quantized.spec.group_size or max(w_q.shape[1], 1), 1)
+    return torch.stack([p.sum(1, dtype=torch.int32) * scale[i].float() for i, p in enumerate(parts)]).sum(0, keepdim=True)
 
 
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
@@ -74,9 +78,8 @@ def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
     if spec.bits == 4:
         codes = (torch.nn.functional.pad(w, (0, k % 2)) + 8).view(torch.uint8)
         w = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    total = group_sums(quantized.w_q, spec.group_size) if sums else None
     return Packed(
-        w.contiguous(), quantized.scale, quantized.zero, total, (n, k), spec.dtype, spec.group_size or 0,
+        w.contiguous(), quantized.scale, quantized.zero, _x_zero_sums(quantized) if sums else None, (n, k), spec.dtype, spec.group_size or 0,
         spec.zero_point, "plain",
     )
 
@@ -98,7 +101,7 @@ def _cpu(kind: str) -> Layout:
         if quantized.zero is not None:
             z = quantized.zero.float()
             zero = torch.nn.functional.pad(-z * quantized.scale.float() if spec.zero_point == "int" else z, pad)
-        total = packing_cpu.group_sums(quantized.w_q, group, n_pad) if sums or kind == "cpu_vnni" else None
+        total = torch.nn.functional.pad(_x_zero_sums(quantized), pad) if sums else None
         w = packing_cpu.pack_vnni(quantized.w_q, spec.bits, k_pad, n_pad, kind)
         return Packed(w, scale, zero, total, (n, k), spec.dtype, group, "float", kind)
 
@@ -113,9 +116,8 @@ LAYOUTS = {"plain": Layout(_plain_pack, _plain_unpack), "cpu_bf16": _cpu("cpu_bf
 
 def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str:
     """The layout of a weight of `dtype` on `device`."""
-    if device.type == "cpu" and scheme.weight.bits in (4, 8):
-        wanted = torch.backends.cpu.get_cpu_capability()
-        del wanted
+    if device.type == "cpu" and packing_cpu.available():
+        return "cpu_bf16" if scheme.activation is None else "cpu_vnni"
     return "plain"
 
 
@@ -137,4 +139,4 @@ def packed_bytes(shape: torch.Size, dtype: torch.dtype, scheme: Scheme) -> int:
     scale = groups * n * qparams.scale_dtype(dtype, spec).itemsize
     zero = 0 if spec.symmetric else groups * n * (1 if spec.zero_point == "int" else dtype.itemsize)
     asymmetric = scheme.activation is not None and not scheme.activation.symmetric
-    return n * -(-k * spec.bits // 8) + scale + zero + (4 * groups * n if asymmetric else 0)
+    return n * -(-k * spec.bits // 8) + scale + zero + (4 * n if asymmetric else 0)

@@ -11,11 +11,30 @@ Each table below names the axes of a row in memory order; the byte codes make th
 | cpu_vnni | 4    | nibble q + 8                 | n // 32, n % 16, k, n // 16 % 2 (nibble, low first)                       |
 """
 
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 COLUMNS = 64
 STEP = {"cpu_bf16": 2, "cpu_vnni": 4}
+
+
+NEEDS = frozenset("avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_vnni avx512_bf16".split())
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this CPU runs templates/cpu_linear.h; asked of Linux, since torch's own queries differ between versions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return NEEDS <= set(flags.split())
 
 
 def padded_shape(n: int, k: int, group_size: int, kind: str) -> tuple[int, int]:
@@ -32,12 +51,12 @@ def pack_vnni(w_q: Tensor, bits: int, k_pad: int, n_pad: int, kind: str) -> Tens
     n, k = w_q.shape
     if (n, k) != (n_pad, k_pad):
         w_q = torch.nn.functional.pad(w_q, (0, k_pad - k, 0, n_pad - n))
-    blocks, steps = n_pad // COLUMNS, k_pad // step
-    # one element per (n, step): a whole group of k moves at once
+    w_q, blocks, steps = w_q.contiguous(), n_pad // COLUMNS, k_pad // step
+    # one element of `word` per (n, step): the k of a step move together
     word = {2: torch.int16, 4: torch.int32}[step]
     if bits == 8:
         code = w_q ^ ((w_q >> 7) & 0x7F) if kind == "cpu_bf16" else w_q ^ -128
-        words = code.contiguous().view(word)  # [n_pad, steps]
+        words = code.view(word)  # [n_pad, steps]
         if kind == "cpu_bf16":
             rows = words.view(blocks, 2, 2, 4, 4, steps).permute(0, 5, 1, 3, 2, 4)
         else:
@@ -64,16 +83,16 @@ def unpack_vnni(packed: Tensor, bits: int, n: int, k: int, kind: str) -> Tensor:
             words = words.view(blocks, steps, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1)
         else:
             words = words.permute(0, 2, 1)
-        code = words.contiguous().view(n_pad, steps).view(torch.int8)
+        code = words.flatten().view(torch.int8).view(n_pad, k_pad)
         w_q = code ^ ((code >> 7) & 0x7F) if kind == "cpu_bf16" else code ^ -128
         return w_q[:n, :k].contiguous()
     if kind == "cpu_bf16":
         pairs = packed.view(blocks, steps, 16, 2, 2).permute(0, 4, 2, 1, 3)
     else:
-        pairs = packed.view(torch.int32).view(blocks, steps, 2, 16).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+        pairs = packed.view(torch.int32).view(blocks, steps, 2, 16).permute(0, 2, 3, 1).flatten().view(torch.uint8)
     pairs = pairs.reshape(blocks, 2, 1, 16, k_pad)
     w_q = torch.cat((pairs & 15, pairs >> 4), 2).view(torch.int8) - 8
-    return w_q.view(n_pad, k_pad)[:n, :k].contiguous()
+    return w_q.reshape(n_pad, k_pad)[:n, :k].contiguous()
 
 
 def weight_sums(w_q: Tensor, scale: Tensor, group_size: int, n_pad: int) -> Tensor:

@@ -1,0 +1,52 @@
+"""The CPU's choices: our AVX512 kernels, inlined into Inductor's generated C++ (templates/cpu_linear.h)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor.problem import Problem
+
+HEADER = Path(__file__).parent / "templates" / "cpu_linear.h"
+TYPES = {torch.bfloat16: "aoquant::bf16", torch.float16: "aoquant::f16", torch.float32: "float"}
+# Multiply-adds below which another thread costs more than it brings: ~10 us of one core.
+THREAD_WORK = 1 << 20
+
+
+@functools.cache
+def _preamble() -> str:
+    return HEADER.read_text().replace("#pragma once\n", "")
+
+
+def _cast(ctype: str, name: str, node: Any) -> str:
+    return f"(const {ctype}*){name}" if node is not None else f"(const {ctype}*)nullptr"
+
+
+def linear(p: Problem) -> tuple[str, Any] | None:
+    """(kernel name, y[M, N]) for the two packed layouts."""
+    if p.layout not in ("cpu_bf16", "cpu_vnni") or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
+        return None
+    bias_type = TYPES[p.bias.get_dtype() if p.bias is not None else p.out_dtype]
+    y, bias = f"({TYPES[p.out_dtype]}*)y", _cast(bias_type, "bias", p.bias)
+    weight = f"w, scale, {_cast('float', 'offset', p.zero)}, {p.key[3]}"
+    inputs = {"x": p.x, "w": p.w, "scale": p.scale, "offset": p.zero, "bias": p.bias}
+    if p.dynamic:
+        function = f"linear_dynamic<{p.bits}>"
+        left = f"x, {p.k}, x_scale, {_cast('int32_t', 'x_zero', p.x_zero)}"
+        weight += f", {_cast('float', 'w_sum', p.sums)}"
+        inputs |= {"x_scale": p.x_scale, "x_zero": p.x_zero, "w_sum": p.sums}
+    else:
+        function = f"linear_weight_only<{p.bits}>"
+        left = f"(const {TYPES[p.x.get_dtype()]}*)x, {p.k}"
+    body = (
+        f"  const int64_t M = {{m}}, work = M * {p.n * p.k};\n"
+        f"  const int threads = (int)std::min<int64_t>({{threads}}, 1 + work / {THREAD_WORK});\n"
+        f"  aoquant::{function}(M, {p.n}, {p.k}, {left}, {weight}, {bias}, {y}, {p.n}, threads);"
+    )
+    name = f"w{p.bits}_{p.layout}"
+    node = ir.cpp_template(name, inputs, p.m, p.n, p.out_dtype, p.device, _preamble(), body)
+    return f"C++ AVX512 {'VNNI' if p.dynamic else 'BF16' if p.x.get_dtype() == torch.bfloat16 else 'FMA'}", node
