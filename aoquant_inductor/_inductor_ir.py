@@ -104,3 +104,44 @@ def cpp_template(
     node = template.generate().output_node()
     virtualized.V.graph.no_fuse_buffer_names.add(node.get_name())
     return node
+
+
+def triton_template(name: str, source: str) -> Any:
+    """A template whose grid is the tiles of y[M, N]; names are global to the process."""
+    (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
+    (grid,) = private("torch._inductor.kernel.mm_common", "mm_grid")
+    return template(name=name, grid=grid, source=source)
+
+
+def triton_choices(
+    template: Any, name: str, inputs: Sequence[IR], size: Sequence[Expr], dtype: torch.dtype, device: torch.device,
+    choices: Sequence[dict[str, Any]],
+) -> IR:
+    """y of `size` by the fastest of the template's configs, measured when there is more than one."""
+    (ir,) = private("torch._inductor", "ir")
+    (select,) = private("torch._inductor.select_algorithm", "autotune_select_algorithm")
+    nodes = [ir.ExternKernel.realize_input(realize(node)) for node in inputs]
+    layout = ir.FixedLayout(device, dtype, list(size))
+    callers: list[Any] = []
+    errors = [template.maybe_append_choice(callers, input_nodes=nodes, layout=layout, **choice) for choice in choices]
+    if not callers:
+        raise NotImplementedError(f"{name}: no config compiles: {errors}")
+    result = select(name, callers, nodes, layout)
+    return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.12 on
+
+
+def searching() -> bool:
+    """Whether this compile asked for autotuning."""
+    (config,) = private("torch._inductor", "config")
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def size_hint(size: Expr) -> int:
+    """The value a symbolic size had when it was traced."""
+    known = static(size)
+    if known is not None:
+        return known
+    (virtualized,) = private("torch._inductor", "virtualized")
+    sizevars = virtualized.V.graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # renamed in torch 2.12
+    return int(hint(size))

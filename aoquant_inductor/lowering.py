@@ -17,6 +17,7 @@ import torch
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
+from aoquant_inductor import lowering_triton as triton
 from aoquant_inductor import ops, qparams
 from aoquant_inductor.packing import WeightKey
 from aoquant_inductor.problem import Problem
@@ -24,7 +25,11 @@ from aoquant_inductor.problem import Problem
 Kernels = dict[WeightKey, set[str]]
 _recording: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("aoquant_kernels", default=None)
 
-BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {"cpu": (cpu.linear,)}
+BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {
+    "cpu": (cpu.linear,),
+    "cuda": (triton.linear,),
+    "xpu": (triton.linear,),
+}
 """device type -> what to try before the portable lowering."""
 
 

@@ -7,38 +7,46 @@
 //
 // One loop serves all of them. A tile is MR <= 6 rows by 64 columns, its 4 * MR accumulators stay in registers, and every step reads one piece
 // of each row of x (broadcast) and one row of packed weights, decoded in registers. Decoding runs on the vector ports that the dot products leave
-// free, so weights are decoded again for every tile instead of once into a panel. What differs is in the "kinds": BF16xI8, ..., I8xI4.
+// free, so weights are decoded again for every tile instead of once into a panel. What differs is in the "kinds": BF16xInt, FP32xInt, I8xInt.
 //
-// Packed weights, from packing_cpu.py: [n_pad / 64][k_pad / KStep] rows of WBytes bytes, n_pad = round_up(N, 64), k_pad = G * group when G > 1,
-// else round_up(K, KStep). scale and offset: [G, n_pad]. The decoders below are the definition of a row.
-#pragma once
+// Packed weights, from packing_cpu.py: [n_pad / 64][k_pad / KStep] rows of Decode::Bytes bytes, n_pad = round_up(N, 64), k_pad = G * group when
+// G > 1, else round_up(K, KStep). scale and offset: [G, n_pad]. The decoders below are the definition of a row. M >= 0, N >= 1, K >= 1; x, bias
+// and y are not padded and nothing outside their rows is touched. A row of x with an infinity may give NaN where the exact result is infinite.
+//
+// Needs -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mavx512bf16; threads > 1 needs -fopenmp. Safe under -ffast-math. The
+// text may be pasted into a source file at global scope: everything has internal linkage.
+#ifndef AOQUANT_CPU_LINEAR_H
+#define AOQUANT_CPU_LINEAR_H
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#define AOQUANT_INLINE inline __attribute__((always_inline))
+
 namespace aoquant {
+namespace {
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
 // ---- element types of y and bias: 16 lanes under a mask ---------------------------------------------------------------------------------------
 
-static inline __m512 load16(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
-static inline __m512 load16(const f16* p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
-static inline __m512 load16(const bf16* p, __mmask16 lanes) {
+inline __m512 load16(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+inline __m512 load16(const f16* p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
+inline __m512 load16(const bf16* p, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
 }
-static inline void store16(float* p, __mmask16 lanes, __m512 v) { _mm512_mask_storeu_ps(p, lanes, v); }
-static inline void store16(f16* p, __mmask16 lanes, __m512 v) {
+inline void store16(float* p, __mmask16 lanes, __m512 v) { _mm512_mask_storeu_ps(p, lanes, v); }
+inline void store16(f16* p, __mmask16 lanes, __m512 v) {
   _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-static inline void store16(bf16* p, __mmask16 lanes, __m512 v) { _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v)); }
+inline void store16(bf16* p, __mmask16 lanes, __m512 v) { _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v)); }
 
-static inline __mmask16 lanes16(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
-static inline __m512i broadcast4(const void* p) { int32_t v; memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline __mmask16 lanes16(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+inline __m512i broadcast4(const void* p) { int32_t v; memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- tables of the decoders --------------------------------------------------------------------------------------------------------------------
 
@@ -68,17 +76,15 @@ struct Int4Table {
     }
   }
 };
-static constexpr Int8Table kInt8Table;
-static constexpr Int4Table kInt4Table;
+constexpr Int8Table kInt8Table;
+constexpr Int4Table kInt4Table;
 
 // ---- decoders: one packed row -> b[0..3], b[j] = columns 16 j .. 16 j + 15, each a 32-bit lane of KStep values; pair<I> gives b[2 I], b[2 I + 1] -----
-
-#define AOQUANT_INLINE inline __attribute__((always_inline))
 
 template <int Bits> struct DecodeBF16;  // lanes of two bf16: k, k + 1
 
 template <> struct DecodeBF16<8> {
-  static constexpr int Bytes = 128;
+  static constexpr int Bits = 8, Bytes = 128;
   static constexpr float Bias = 0.5f;  // decoded value - q
   const __m512i low0 = _mm512_load_si512(kInt8Table.low), low1 = _mm512_load_si512(kInt8Table.low + 64);
   const __m512i high0 = _mm512_load_si512(kInt8Table.high), high1 = _mm512_load_si512(kInt8Table.high + 64);
@@ -93,7 +99,7 @@ template <> struct DecodeBF16<8> {
 };
 
 template <> struct DecodeBF16<4> {
-  static constexpr int Bytes = 64;
+  static constexpr int Bits = 4, Bytes = 64;
   static constexpr float Bias = 0.0f;
   const __m512i table = _mm512_load_si512(kInt4Table.value);
   template <int I> AOQUANT_INLINE void pair(const uint8_t* p, __m512i* b) const {
@@ -106,7 +112,7 @@ template <> struct DecodeBF16<4> {
 template <int Bits> struct DecodeU8;  // lanes of four unsigned bytes: k .. k + 3
 
 template <> struct DecodeU8<8> {
-  static constexpr int Bytes = 256, Bias = 128;
+  static constexpr int Bits = 8, Bytes = 256, Bias = 128;
   template <int I> AOQUANT_INLINE void pair(const uint8_t* p, __m512i* b) const {
     b[0] = _mm512_loadu_si512(p + 128 * I);
     b[1] = _mm512_loadu_si512(p + 128 * I + 64);
@@ -114,7 +120,7 @@ template <> struct DecodeU8<8> {
 };
 
 template <> struct DecodeU8<4> {
-  static constexpr int Bytes = 128, Bias = 8;
+  static constexpr int Bits = 4, Bytes = 128, Bias = 8;
   const __m512i nibble = _mm512_set1_epi8(15);
   template <int I> AOQUANT_INLINE void pair(const uint8_t* p, __m512i* b) const {
     const __m512i code = _mm512_loadu_si512(p + 64 * I);
@@ -195,19 +201,19 @@ template <int Bits> struct I8xInt {
 };
 
 // float and int32 accumulators under one name
-static inline __m512 splat(float v) { return _mm512_set1_ps(v); }
-static inline __m512i splat(int32_t v) { return _mm512_set1_epi32(v); }
-static inline __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
-static inline __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
-static inline __m512 load_acc(const float* t, __m512) { return _mm512_loadu_ps(t); }
-static inline __m512i load_acc(const float* t, __m512i) { return _mm512_loadu_si512(t); }
-static inline void store_acc(float* t, __m512 a) { _mm512_storeu_ps(t, a); }
-static inline void store_acc(float* t, __m512i a) { _mm512_storeu_si512(t, a); }
-static inline __m512 to_float(__m512 a) { return a; }
-static inline __m512 to_float(__m512i a) { return _mm512_cvtepi32_ps(a); }
+inline __m512 splat(float v) { return _mm512_set1_ps(v); }
+inline __m512i splat(int32_t v) { return _mm512_set1_epi32(v); }
+inline __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+inline __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+inline __m512 load_acc(const float* t, __m512) { return _mm512_loadu_ps(t); }
+inline __m512i load_acc(const float* t, __m512i) { return _mm512_loadu_si512(t); }
+inline void store_acc(float* t, __m512 a) { _mm512_storeu_ps(t, a); }
+inline void store_acc(float* t, __m512i a) { _mm512_storeu_si512(t, a); }
+inline __m512 to_float(__m512 a) { return a; }
+inline __m512 to_float(__m512i a) { return _mm512_cvtepi32_ps(a); }
 
 constexpr int kTileRows = 6;
-constexpr int kPrefetch = 2048;              // bytes ahead of the row of weights in use
+constexpr int kPrefetch = 2048;  // bytes ahead of the row of weights in use
 
 // ---- the tile ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -230,8 +236,8 @@ template <class X, class Y, class Bias> struct Linear {
   int64_t n_pad() const { return ceil_div(N, 64) * 64; }
 };
 
-// What one thread keeps of a block of rows. start: what a group's accumulators start from, which undoes the decoders' bias and the zero point;
-// row_sum: sum of (x - zero point) over the group, as offset multiplies it. Both are [G, rows], so that a tile reads neighbours.
+// What one thread keeps of a block of rows. start: what a group's accumulators start from, which undoes the decoders' bias;
+// row_sum: sum of (x - zero point) over the group, as offset multiplies it. Both are [G, rows]: the rows of a tile are neighbours.
 template <class Kind> struct Block {
   const typename Kind::Staged* x;
   int64_t ldx;
@@ -240,17 +246,20 @@ template <class Kind> struct Block {
   int64_t rows;
 };
 
-// One pass over steps [s, end): acc[chain][m][j] += x * w for MR rows and the registers First .. First + NR - 1 of the packed rows.
+// `steps` steps from x and w: acc[chain][m][j] += x * w for MR rows and the registers First .. First + NR - 1 of the packed rows.
 template <class Kind, int MR, int First, int NR, int Chains>
-static AOQUANT_INLINE void run_steps(typename Kind::Acc (*acc)[MR][NR], const typename Kind::Staged* x, int64_t ldx, const uint8_t* w, int64_t steps) {
+AOQUANT_INLINE void run_steps(typename Kind::Acc (*acc)[MR][NR], const typename Kind::Staged* x, int64_t ldx, const uint8_t* w, int64_t steps) {
+  // Weights that come from memory, EPYC Zen 4, K = N = 2048, M = 4: int4 309 -> 261 us with it; int8, which streams faster: 144 -> 171 us, so not there.
+  constexpr bool Prefetch = First == 0 && MR > 1 && Kind::Decode::Bits == 4;
   const typename Kind::Decode decode;
   auto step = [&](int chain) __attribute__((always_inline)) {
     __m512i b[NR];
     decode.template pair<First / 2>(w, b);
     if constexpr (NR == 4) decode.template pair<1>(w, b + 2);
-    if constexpr (First == 0)
-#pragma GCC unroll 4
-      for (int i = 0; i < Kind::Decode::Bytes; i += 64) _mm_prefetch((const char*)w + kPrefetch + i, _MM_HINT_T0);
+    if constexpr (Prefetch) {
+      _mm_prefetch((const char*)w + kPrefetch, _MM_HINT_T0);
+      if constexpr (Kind::Decode::Bytes > 64) _mm_prefetch((const char*)w + kPrefetch + 64, _MM_HINT_T0);
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < MR; ++m) Kind::template dot<NR>(acc[chain][m], x + m * ldx, b);
     w += Kind::Decode::Bytes;
@@ -263,7 +272,7 @@ static AOQUANT_INLINE void run_steps(typename Kind::Acc (*acc)[MR][NR], const ty
 
 // One group: MR rows, columns n .. n + 63, steps s0 .. s1 - 1; tile holds the raw accumulators.
 template <class Kind, int MR, class P>
-static void accumulate(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
+void accumulate(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
   using Acc = typename Kind::Acc;
   constexpr int Chains = MR == 1 ? 2 : 1;  // one row alone is bound by the latency of its 4 accumulators
   Acc acc[Chains][MR][4];
@@ -284,7 +293,7 @@ static void accumulate(const P& p, const Block<Kind>& blk, int64_t row, int64_t 
 // Several groups: the registers First .. First + NR - 1 of the tile; tile holds sum_g scale * acc + offset * row_sum. Both sets of MR * NR accumulators
 // stay in registers, so MR * NR <= 12.
 template <class Kind, int MR, int First, int NR, class P>
-static void accumulate_groups(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
+void accumulate_groups(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
   using Acc = typename Kind::Acc;
   constexpr int Chains = MR == 1 ? 2 : 1;
   const int64_t n_pad = p.n_pad(), group_steps = p.group / Kind::KStep;
@@ -326,7 +335,7 @@ static void accumulate_groups(const P& p, const Block<Kind>& blk, int64_t row, i
 }
 
 template <class Kind, int MR, class P>
-static void accumulate_rows(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
+void accumulate_rows(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
   if (p.groups() == 1) {
     accumulate<Kind, MR>(p, blk, row, n, w, s0, s1, tile);
   } else if constexpr (MR <= 3) {
@@ -338,7 +347,7 @@ static void accumulate_rows(const P& p, const Block<Kind>& blk, int64_t row, int
 }
 
 template <class Kind, class P>
-static void accumulate_rows(int rows, const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
+void accumulate_rows(int rows, const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
   switch (rows) {
     case 1: return accumulate_rows<Kind, 1>(p, blk, row, n, w, s0, s1, tile);
     case 2: return accumulate_rows<Kind, 2>(p, blk, row, n, w, s0, s1, tile);
@@ -351,7 +360,7 @@ static void accumulate_rows(int rows, const P& p, const Block<Kind>& blk, int64_
 
 // tile -> y: the scale of the only group, the scale of x, bias, rounding.
 template <class Kind, class P>
-static void finish(int rows, const P& p, const Block<Kind>& blk, int64_t m0, int64_t row, int64_t n, const float* tile) {
+void finish(int rows, const P& p, const Block<Kind>& blk, int64_t m0, int64_t row, int64_t n, const float* tile) {
   const bool one_group = p.groups() == 1;
   for (int j = 0; j < 4; ++j) {
     const __mmask16 lanes = lanes16(p.N - n - 16 * j);
@@ -382,12 +391,12 @@ static void finish(int rows, const P& p, const Block<Kind>& blk, int64_t m0, int
 
 // ---- blocks and threads ------------------------------------------------------------------------------------------------------------------------
 
-static inline void stage_row(float* to, const f16* x, int64_t n) {
+inline void stage_row(float* to, const f16* x, int64_t n) {
   for (int64_t k = 0; k < n; k += 16) store16(to + k, lanes16(n - k), load16(x + k, lanes16(n - k)));
 }
-template <class T> static inline void stage_row(T* to, const T* x, int64_t n) { memcpy(to, x, n * sizeof(T)); }
+template <class T> inline void stage_row(T* to, const T* x, int64_t n) { memcpy(to, x, n * sizeof(T)); }
 
-template <class Kind, class P> static void prepare_rows(const P& p, const Block<Kind>& blk, int64_t m0, int64_t rows) {
+template <class Kind, class P> void prepare_rows(const P& p, const Block<Kind>& blk, int64_t m0, int64_t rows) {
   const int64_t G = p.groups(), group = G > 1 ? p.group : p.K;
   const bool needed = Kind::Decode::Bias != 0 || p.offset;
   for (int64_t m = 0; m < rows; ++m)
@@ -402,7 +411,7 @@ template <class Kind, class P> static void prepare_rows(const P& p, const Block<
 constexpr int64_t kBlockRows = 192;          // rows of x kept in L2 while the columns pass
 constexpr int64_t kPanelBytes = 256 * 1024;  // packed weights kept in L2 while the rows pass
 
-template <class Kind, class P> static void linear_part(const P& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+template <class Kind, class P> void linear_part(const P& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   if (m_begin >= m_end || n_begin >= n_end) return;
   using Staged = typename Kind::Staged;
   const int64_t G = p.groups(), steps = ceil_div(p.K, Kind::KStep), packed_steps = G > 1 ? G * p.group / Kind::KStep : steps;
@@ -444,7 +453,7 @@ template <class Kind, class P> static void linear_part(const P& p, int64_t m_beg
   _mm_free(scratch);
 }
 
-template <class Kind, class P> static void linear(const P& p, int threads) {
+template <class Kind, class P> void linear(const P& p, int threads) {
   const int64_t n_blocks = ceil_div(p.N, 64), m_tiles = ceil_div(p.M, kTileRows);
   if (p.M <= 0 || p.N <= 0) return;
   // a grid of threads, tm by tn, with the least work for the busiest; few rows of threads when equal, since each of them reads all weights
@@ -456,8 +465,7 @@ template <class Kind, class P> static void linear(const P& p, int threads) {
   }
   auto part = [&](int i) {
     const int64_t a = i / tn, b = i % tn;
-    linear_part<Kind>(p, std::min(p.M, m_tiles * a / tm * kTileRows), std::min(p.M, m_tiles * (a + 1) / tm * kTileRows), n_blocks * b / tn * 64,
-                      n_blocks * (b + 1) / tn * 64);
+    linear_part<Kind>(p, p.M * a / tm, p.M * (a + 1) / tm, n_blocks * b / tn * 64, n_blocks * (b + 1) / tn * 64);
   };
   if (tm * tn == 1) return part(0);
 #pragma omp parallel for num_threads(tm * tn) schedule(static, 1)
@@ -471,18 +479,22 @@ template <int Bits> struct WeightOnlyKind<bf16, Bits> { using type = BF16xInt<Bi
 
 // w: layout "cpu_bf16". group: even, or >= K (or 0) for one scale per channel.
 template <int Bits, class X, class Y, class Bias>
-static void linear_weight_only(int64_t M, int64_t N, int64_t K, const X* x, int64_t ldx, const uint8_t* w, const float* scale, const float* offset, int64_t group,
-                               const Bias* bias, Y* y, int64_t ldy, int threads) {
+void linear_weight_only(int64_t M, int64_t N, int64_t K, const X* x, int64_t ldx, const uint8_t* w, const float* scale, const float* offset, int64_t group,
+                        const Bias* bias, Y* y, int64_t ldy, int threads) {
   const Linear<X, Y, Bias> p{M, N, K, x, ldx, nullptr, nullptr, w, scale, offset, group, nullptr, bias, y, ldy};
   linear<typename WeightOnlyKind<X, Bits>::type>(p, threads);
 }
 
 // w: layout "cpu_vnni". group: a multiple of 4, or >= K (or 0) for one scale per channel. K < 65536 within a group.
 template <int Bits, class Y, class Bias>
-static void linear_dynamic(int64_t M, int64_t N, int64_t K, const int8_t* x_q, int64_t ldx, const float* x_scale, const int32_t* x_zp, const uint8_t* w,
-                           const float* scale, const float* offset, int64_t group, const float* w_sum, const Bias* bias, Y* y, int64_t ldy, int threads) {
+void linear_dynamic(int64_t M, int64_t N, int64_t K, const int8_t* x_q, int64_t ldx, const float* x_scale, const int32_t* x_zp, const uint8_t* w,
+                    const float* scale, const float* offset, int64_t group, const float* w_sum, const Bias* bias, Y* y, int64_t ldy, int threads) {
   const Linear<int8_t, Y, Bias> p{M, N, K, x_q, ldx, x_scale, x_zp, w, scale, offset, group, w_sum, bias, y, ldy};
   linear<I8xInt<Bits>>(p, threads);
 }
 
+}  // namespace
 }  // namespace aoquant
+
+#undef AOQUANT_INLINE
+#endif  // AOQUANT_CPU_LINEAR_H

@@ -1,0 +1,88 @@
+"""Every scheme on the card: right at odd sizes, by our kernel, in every mode, for static and dynamic M."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from util import BF16, FP16, FP32, assert_counts, compiled, from_pack, linear64, sqnr_db
+
+import aoquant_inductor
+from aoquant_inductor import SCHEMES
+
+pytestmark = pytest.mark.gpu
+
+LEAST_DB = {BF16: 45.0, FP16: 55.0, FP32: 55.0}
+MODES = (None, "reduce-overhead")
+
+
+class Odd(nn.Module):
+    """Linears of sizes that no tile likes, one of them without bias, one that fits."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        sizes = ((129, 65, True), (576, 1071, False), (1, 7, True), (256, 128, True))
+        self.linears = nn.ModuleList(nn.Linear(k, n, bias=b, dtype=dtype) for k, n, b in sizes)
+
+    def forward(self, *xs: torch.Tensor) -> list[torch.Tensor]:
+        return [linear(x) for linear, x in zip(self.linears, xs, strict=True)]
+
+
+def check(scheme: str, dtype: torch.dtype, mode: str | None) -> None:
+    model = Odd(dtype).cuda().eval()
+    function = compiled(model, scheme, **({"mode": mode} if mode else {}))
+    for m in (1, 7, 129):
+        xs = [torch.randn(m, linear.in_features, device="cuda", dtype=dtype) for linear in model.linears]
+        for _ in range(3):  # the third is a replay
+            with torch.no_grad():
+                got = [y.clone() for y in function(*xs)]
+        for y, x, linear in zip(got, xs, model.linears, strict=True):
+            want = linear64(x, linear, SCHEMES[scheme], from_pack(linear.weight, SCHEMES[scheme]))
+            assert sqnr_db(y, want) >= LEAST_DB[dtype], (m, linear)
+    report = aoquant_inductor.report(function)
+    assert_counts(report, len(model.linears))
+    assert all("Triton" in str(layer.kernel) for layer in report.layers), str(report)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bf16(scheme: str, mode: str | None) -> None:
+    check(scheme, BF16, mode)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_other_dtypes(scheme: str, dtype: torch.dtype) -> None:
+    check(scheme, dtype, None)
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128-asym", "int8dq-int4w-128"])
+def test_max_autotune(scheme: str) -> None:
+    check(scheme, BF16, "max-autotune-no-cudagraphs")
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-row", "int8dq-int4w"])
+def test_large_fp16_activations_stay_finite(scheme: str) -> None:
+    linear = nn.Linear(4096, 512, device="cuda", dtype=FP16).eval()
+    with torch.no_grad():
+        y = compiled(linear, scheme)(20 * torch.randn(64, 4096, device="cuda", dtype=FP16))
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+@pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact", "int8dq-int4w", "int8dq-int4w-asym-asymact"])
+def test_integer_products_are_exact(scheme: str, m: int) -> None:
+    """With both scales 1 and integers within a bf16's 8 bits the output is the integer sum itself."""
+    k, n = 576, 200
+    top = 127 if "int4" not in scheme else 7
+    generator = torch.Generator().manual_seed(m)
+    weight = torch.randint(-top, top + 1, (n, k), generator=generator).float()
+    x = torch.randint(-127, 128, (m, k), generator=generator).float()
+    weight[:, 0], x[:, 0], x[:, 1] = top, 127, -128 if "asymact" in scheme else -127
+    if "asym" in scheme.replace("asymact", ""):
+        weight[:, 1] = -8
+    linear = nn.Linear(k, n, bias=False, device="cuda").eval()
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        y = compiled(linear, scheme)(x.cuda()).cpu()
+    assert torch.equal(y.double(), x.double() @ weight.double().t())
