@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, MappingProxyType
 from typing import Any
 from unittest import mock
@@ -78,7 +80,8 @@ def _module_of(function: object) -> nn.Module | None:
     for _ in range(3):
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         if isinstance(owner, nn.Module):
-            return getattr(owner, "_orig_mod", owner)
+            inner_module = getattr(owner, "_orig_mod", owner)
+            return inner_module if isinstance(inner_module, nn.Module) else owner
         inner = getattr(function, "__wrapped__", None)
         if inner is None:
             return None
@@ -105,15 +108,16 @@ def frame() -> Frame:
 
 def context_of(compiled: object) -> object | None:
     """The Frame.context of what torch.compile returned, or of a module after module.compile()."""
-    context = getattr(compiled, "dynamo_ctx", None)
+    context: object | None = getattr(compiled, "dynamo_ctx", None)
     if context is not None:
         return context
     call = getattr(compiled, "_compiled_call_impl", None) or compiled
     code = getattr(call, "__code__", None)
     if code is None or code.co_name != "compile_wrapper":
         return None
-    cells = dict(zip(code.co_freevars, call.__closure__ or (), strict=False))  # type: ignore[attr-defined]
-    return cells["self"].cell_contents if "self" in cells else None
+    cells = dict(zip(code.co_freevars, getattr(call, "__closure__", None) or (), strict=False))
+    found: object | None = cells["self"].cell_contents if "self" in cells else None
+    return found
 
 
 def source_name(node: fx.Node) -> str:
@@ -132,7 +136,7 @@ def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None
     (local,) = private("torch._dynamo.source", "LocalSource")
     guards = context.get().guards_context.dynamo_guards
     for node in nodes:
-        guards.add(node._dynamo_source.make_guard(builder.ID_MATCH))
+        guards.add(node._dynamo_source.make_guard(builder.ID_MATCH))  # type: ignore[attr-defined]
     if instance is not None:
         guards.add(local("self").make_guard(builder.ID_MATCH))
 
@@ -217,6 +221,36 @@ def _freezing(packs: Sequence[torch.Tensor]) -> Callable[..., Any]:
     return compile_inner
 
 
+@functools.cache
+def _sources() -> bytes:
+    """A hash of every file of this package."""
+    folder = Path(__file__).parent
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
+
+
+def _with_version(patches: Mapping[str, Any]) -> dict[str, Any]:
+    """The patches, with what makes Inductor's graph cache tell our versions apart: it hashes graphs and config, but not the
+    lowerings of foreign ops. A custom pass is the one thing in its key that we can own; a user's pass runs inside it.
+    """
+    (base,) = private("torch._inductor.custom_graph_pass", "CustomGraphPass")
+    (config,) = private("torch._inductor", "config")
+    key = "post_grad_custom_post_pass"
+    theirs = patches.get(key, getattr(config, key))
+    passes = [] if theirs is None else list(theirs) if isinstance(theirs, list | tuple) else [theirs]
+
+    class Version(base):  # type: ignore[misc, valid-type]
+        def __call__(self, graph: fx.Graph) -> None:
+            for custom in passes:
+                custom(graph)
+
+        def uuid(self) -> Any:
+            ids = [p.uuid() if hasattr(p, "uuid") else None for p in passes]
+            return None if None in ids else (_sources(), *ids)
+
+    return {**patches, key: Version()}
+
+
 def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], packs: Sequence[torch.Tensor] = (),
     constant: bool = False, decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
@@ -232,7 +266,7 @@ def compile_graph(
     # AOTAutograd's cache sees neither inner_compile nor the constants
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(  # type: ignore[no-any-return]
-            gm, everything, config_patches=dict(patches), decompositions={**table(), **decompositions}, **kwargs
+            gm, everything, config_patches=_with_version(patches), decompositions={**table(), **decompositions}, **kwargs
         )
 
 

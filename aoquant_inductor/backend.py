@@ -9,11 +9,8 @@ weights per call, and any number of equal blocks costs two compilations.
 from __future__ import annotations
 
 import logging
-import operator
 import time
-import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +20,14 @@ from aoquant_inductor import _inductor, lowering, progress, rewrite
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import NothingQuantized
 from aoquant_inductor.options import Options
-from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.report import Report, log_of
-from aoquant_inductor.rewrite import Names, Rewritten, Site
-from aoquant_inductor.weights import STORE, Entry, any_stale
+from aoquant_inductor.rewrite import Names, Site
+from aoquant_inductor.runtime import Compiled, LookedUp, Seen, constant, warn_once
 
 log = logging.getLogger("aoquant_inductor")
-Compiled = Callable[..., Any]
 
-_warned: set[str] = set()
-_seen: dict[tuple[int, str], tuple[object, tuple[int, ...]]] = {}  # (code, options) -> the code, the weights it was first seen with
+_seen: dict[tuple[int, str], Seen] = {}
+"""(code object, options) -> what it was compiled for."""
 
 
 def aoquant(
@@ -50,7 +45,7 @@ def aoquant(
     if any(site.scheme for site in sites):
         _inductor.guard_training(frame.local_self)
     if (reason := _needs_grad(gm, example_inputs, frame.root)) and any(site.scheme for site in sites):
-        _warn_once(f"{reason}: compiling in full precision. Quantized graphs are for inference.")
+        warn_once(f"{reason}: compiling in full precision. Quantized graphs are for inference.")
         for site in sites:
             site.skip("grad")
     rewrite.pack(progress.bar(sites))
@@ -78,13 +73,14 @@ def _compile(
 ) -> Compiled:
     rewritten = rewrite.apply(gm, sites)
     identity = tuple(id(site.value) for site in rewritten.sites)
-    _, first = _seen.setdefault((id(frame.code), opts.key()), (frame.code, identity))
+    seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))
     kept = [(i, p) for i, p in enumerate(gm.graph.find_nodes(op="placeholder")) if p not in rewritten.consumed]
     rest = [inputs[i] for i, _ in kept]
     checked = opts.weights == "checked"
-    if first != identity:
+    if not seen.constant(identity):
         function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs, False, lowering.decompositions())
-        return _LookedUp(gm, function, rewritten, [i for i, _ in kept], checked, patches).call
+        plain = _inductor.copy_graph(gm)[0]
+        return LookedUp(plain, function, rewritten, [i for i, _ in kept], checked, patches).call
     function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs, True, lowering.decompositions())
     _inductor.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
     # Dynamo writes the call's bytecode after this, from the placeholders of a graph that never runs: what is gone from it is
@@ -95,92 +91,7 @@ def _compile(
     for weight in rewritten.consumed:
         gm.graph.erase_node(weight)
     gm.recompile()
-    return _constant(function, rewritten.packs, _entries(rewritten), checked)
-
-
-def _entries(rewritten: Rewritten) -> list[Entry]:
-    return [site.entry for site in rewritten.sites if site.entry is not None]
-
-
-def _constant(function: Compiled, packs: Sequence[torch.Tensor], entries: Sequence[Entry], checked: bool) -> Compiled:
-    """The callable of a graph that holds its packs."""
-    packs, entries = tuple(packs), tuple(entries)
-
-    def call(*args: Any) -> Any:
-        if any_stale(entries):
-            STORE.update(entries)
-        return function(*packs, *args)
-
-    def frozen(*args: Any) -> Any:
-        return function(*packs, *args)
-
-    return call if checked else frozen
-
-
-class _Group:
-    """The packs of one set of weights: one block of many."""
-
-    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Site]) -> None:
-        self.packs: list[torch.Tensor] = []
-        self.entries: list[Entry] = []
-        for weight, site in zip(weights, like, strict=True):
-            assert site.scheme is not None and site.packed is not None
-            entry, packed, _ = STORE.pack(weight, site.scheme, site.packed.layout)
-            self.packs += packed.tensors
-            self.entries.append(entry)
-
-
-class _LookedUp:
-    """The callable of a graph that serves any weights of its shapes: packs are looked up by the weights of the call."""
-
-    def __init__(
-        self, gm: fx.GraphModule, function: Compiled, rewritten: Rewritten, kept: list[int], checked: bool,
-        patches: Mapping[str, Any],
-    ) -> None:
-        order = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        where = [order[site.weight] for site in rewritten.sites]
-        self.pick = _picker(where)
-        self.keep = _picker(kept)
-        self.like = rewritten.sites
-        self.function, self.checked = function, checked
-        self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
-        self.gm, self.patches = _inductor.copy_graph(gm)[0], patches
-
-    def call(self, *args: Any) -> Any:
-        weights = self.pick(args)
-        group = self.groups.get(tuple(map(id, weights)))
-        if group is None:
-            group = self._add(weights, args)
-        if not isinstance(group, _Group):
-            return group(*args)
-        if self.checked and any_stale(group.entries):
-            STORE.update(group.entries)
-        return self.function(*group.packs, *self.keep(args))
-
-    def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any]) -> _Group | Compiled:
-        key = tuple(map(id, weights))
-        group: _Group | Compiled
-        try:
-            group = _Group(weights, self.like)
-        except NonFinite as error:
-            _warn_once(f"a weight of shape {tuple(weights[0].shape)} holds {error}; its whole block stays in full precision.")
-            with torch.no_grad():
-                group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
-        self.groups[key] = group
-        for weight in weights:  # an id may be used again once its weight is gone
-            weakref.finalize(weight, self.groups.pop, key, None).atexit = False
-        return group
-
-
-def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """args -> the args at these places, as fast as Python can."""
-    if not indices:
-        return lambda args: ()
-    low, high = indices[0], indices[-1] + 1
-    if list(indices) == list(range(low, high)):
-        part = slice(low, high)
-        return lambda args: args[part]
-    return operator.itemgetter(*indices)
+    return constant(function, rewritten, checked)
 
 
 def _judge(opts: Options, names: Names, sites: Sequence[Site]) -> None:
@@ -218,11 +129,5 @@ def _needs_grad(gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | Non
     if any(trainable) and not all(trainable):
         return "some parameters require grad and others are frozen"
     if any(trainable):
-        _warn_once("grad is enabled, but nothing asks for it: compiling for inference. Use torch.no_grad() to say so.")
+        warn_once("grad is enabled, but nothing asks for it: compiling for inference. Use torch.no_grad() to say so.")
     return None
-
-
-def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(f"aoquant: {text}", UserWarning, stacklevel=3)

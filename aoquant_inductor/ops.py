@@ -11,7 +11,7 @@ import torch
 from aoquant_inductor import packing, qparams
 
 NAMESPACE = "aoquant"
-_lib = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901  (lives as long as the process)
+_lib = torch.library.Library(NAMESPACE, "DEF")
 
 # What every linear op says about its weight, after its tensors. group_size 0 is one group per row.
 _WEIGHT = "int in_features, int out_features, str w_dtype, int group_size, str zero_point, str layout"

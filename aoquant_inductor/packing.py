@@ -62,24 +62,15 @@ class Layout:
     unpack: Callable[[torch.Tensor, int, int, str], torch.Tensor]
 
 
-def _x_zero_sums(quantized: Quantized) -> torch.Tensor:
-    """What the zero point of an asymmetric activation multiplies, fp32 [1, N]: sum_k w_q where one scale serves the row
-    (exact, so that it can leave the integer accumulator), else sum_k w_q * scale."""
-    w_q, scale = quantized.w_q, quantized.scale
-    if scale.shape[0] == 1:
-        return w_q.sum(1, dtype=torch.int32).float()[None]
-    parts = w_q.split(quantized.spec.group_size or max(w_q.shape[1], 1), 1)
-    return torch.stack([p.sum(1, dtype=torch.int32) * scale[i].float() for i, p in enumerate(parts)]).sum(0, keepdim=True)
-
-
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
     spec, w = quantized.spec, quantized.w_q
     n, k = w.shape
     if spec.bits == 4:
         codes = (torch.nn.functional.pad(w, (0, k % 2)) + 8).view(torch.uint8)
         w = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    total = packing_cpu.weight_sums(quantized.w_q, quantized.scale, spec.group_size or 0, n)[None] if sums else None
     return Packed(
-        w.contiguous(), quantized.scale, quantized.zero, _x_zero_sums(quantized) if sums else None, (n, k), spec.dtype, spec.group_size or 0,
+        w.contiguous(), quantized.scale, quantized.zero, total, (n, k), spec.dtype, spec.group_size or 0,
         spec.zero_point, "plain",
     )
 
@@ -101,7 +92,7 @@ def _cpu(kind: str) -> Layout:
         if quantized.zero is not None:
             z = quantized.zero.float()
             zero = torch.nn.functional.pad(-z * quantized.scale.float() if spec.zero_point == "int" else z, pad)
-        total = torch.nn.functional.pad(_x_zero_sums(quantized), pad) if sums else None
+        total = packing_cpu.weight_sums(quantized.w_q, scale, group, n_pad)[None] if sums else None
         w = packing_cpu.pack_vnni(quantized.w_q, spec.bits, k_pad, n_pad, kind)
         return Packed(w, scale, zero, total, (n, k), spec.dtype, group, "float", kind)
 

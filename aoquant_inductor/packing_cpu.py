@@ -1,6 +1,7 @@
 """w_q[N, K] int8 -> the bytes that templates/cpu_linear.h reads, and back; plain torch.
 
-A packed weight is [n_pad / 64, k_pad / step] rows of 64 columns x `step` values of k: step 2 for "cpu_bf16" (vdpbf16ps), 4 for "cpu_vnni" (vpdpbusd).
+A packed weight is [n_pad / 64, k_pad / step] rows of 64 columns x `step` values of k: step 2 for "cpu_bf16" (vdpbf16ps), 4 for
+"cpu_vnni" (vpdpbusd).
 Each table below names the axes of a row in memory order; the byte codes make the kernel's decoding short:
 
 | kind     | bits | byte code                    | axes of a row, slowest first (n within 64, k within the step)             |
@@ -23,7 +24,7 @@ COLUMNS = 64
 STEP = {"cpu_bf16": 2, "cpu_vnni": 4}
 
 
-NEEDS = frozenset("avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_vnni avx512_bf16".split())
+NEEDS = frozenset(["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "avx512_bf16"])
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def available() -> bool:
     except OSError:
         return False
     flags = next((line for line in lines if line.startswith("flags")), "")
-    return NEEDS <= set(flags.split())
+    return set(flags.split()) >= NEEDS
 
 
 def padded_shape(n: int, k: int, group_size: int, kind: str) -> tuple[int, int]:
@@ -46,7 +47,7 @@ def padded_shape(n: int, k: int, group_size: int, kind: str) -> tuple[int, int]:
 
 
 def pack_vnni(w_q: Tensor, bits: int, k_pad: int, n_pad: int, kind: str) -> Tensor:
-    """w_q[N, K] int8, values of `bits` bits (-8..7 or -128..127) -> uint8[n_pad / 64, k_pad / step, 64 * step * bits / 8]; padded with q = 0."""
+    """w_q[N, K] int8, values of `bits` bits -> uint8[n_pad / 64, k_pad / step, 64 * step * bits / 8]; padded with q = 0."""
     step = STEP[kind]
     n, k = w_q.shape
     if (n, k) != (n_pad, k_pad):
@@ -96,7 +97,10 @@ def unpack_vnni(packed: Tensor, bits: int, n: int, k: int, kind: str) -> Tensor:
 
 
 def weight_sums(w_q: Tensor, scale: Tensor, group_size: int, n_pad: int) -> Tensor:
-    """(w_q[N, K] int8, scale[G, n_pad]) -> float32[n_pad], what a zero point of x multiplies: sum_k w_q when G = 1, else sum_k w_q * scale."""
+    """(w_q[N, K] int8, scale[G, n_pad]) -> float32[n_pad], what a zero point of x multiplies.
+
+    sum_k w_q when G = 1 (exact integers, which leave the integer accumulator), else sum_k w_q * scale.
+    """
     n, k = w_q.shape
     group = group_size if 0 < group_size < k else k
     groups = -(-k // group)

@@ -143,9 +143,8 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """(w_q[N, K], scale[G, N], zero[G, N]) -> w[N, K] in `dtype`; the arithmetic is done in `dtype`."""
-    n, k = w_q.shape
-    groups = scale.shape[0]
-    if groups == 1:
+    k = w_q.shape[1]
+    if scale.shape[0] == 1:
         s, z = scale.t(), None if zero is None else zero.t()
         return from_grid(w_q.to(dtype), s.to(dtype), None if z is None else z.to(dtype), spec_zero)
     g = group_size or k

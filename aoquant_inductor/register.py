@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 NAME = "aoquant-inductor"
 GROUP = "torch_dynamo_backends"
@@ -24,7 +25,7 @@ class _SourceTree(importlib.metadata.Distribution):
     def read_text(self, filename: str) -> str | None:
         return self._FILES.get(filename)
 
-    def locate_file(self, path: str | os.PathLike[str]) -> os.PathLike[str]:
+    def locate_file(self, path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(path)
 
 
@@ -33,9 +34,9 @@ class _Finder(importlib.metadata.DistributionFinder):
         return None
 
     def find_distributions(
-        self, context: importlib.metadata.DistributionFinder.Context = importlib.metadata.DistributionFinder.Context()
+        self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterable[importlib.metadata.Distribution]:
-        return [_SourceTree()] if context.name in (None, NAME) else []
+        return [_SourceTree()] if context is None or context.name in (None, NAME) else []
 
 
 def register() -> None:

@@ -1,8 +1,9 @@
 """The life of a packed weight: packed once per (weight, scheme, layout), shared by every graph, repacked in place.
 
-A Parameter is the key. The store holds it weakly: when it dies its packs go too, once the last graph that holds them is gone.
-What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the data pointer (`.data =`);
-writes that PyTorch does not count (`p.data.fill_`, numpy views, fused optimizers) are seen by nobody: `refresh` repairs them.
+A Parameter is the key. The store holds it weakly: when it dies its packs go too, with the last graph that holds them. What
+changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the data pointer
+(`.data =`); writes that PyTorch does not count (`p.data.fill_`, numpy views, fused optimizers) are seen by nobody: `refresh`
+repairs them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Entry:
     """One weight: its packs, and the state of the weight they were made from."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.ref = weakref.ref(weight, lambda _, key=id(weight): STORE.drop(key))
+        key = id(weight)
+        self.ref = weakref.ref(weight, lambda _: STORE.drop(key))
         self.tracked = not weight.is_inference()
         self.version, self.pointer = _stamp(weight)
         self.packs: dict[PackKey, tuple[Packed, float]] = {}

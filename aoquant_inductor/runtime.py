@@ -1,0 +1,136 @@
+"""What runs at every call of a compiled graph: the check for changed weights, and where the packs come from."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from aoquant_inductor import _inductor
+from aoquant_inductor.qparams import NonFinite
+from aoquant_inductor.rewrite import Rewritten, Site
+from aoquant_inductor.weights import STORE, Entry, any_stale
+
+Compiled = Callable[..., Any]
+MAX_CONSTANT_GRAPHS = 4
+
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """A UserWarning, the first time in this process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(f"aoquant: {text}", UserWarning, stacklevel=3)
+
+
+@dataclass
+class Seen:
+    """What one code object was compiled for with one set of options. The code is held: its id is the key."""
+
+    code: object
+    weights: set[int]
+    graphs: set[tuple[int, ...]]
+
+    def constant(self, identity: tuple[int, ...]) -> bool:
+        """Whether these weights may be constants: the first ones seen, or an update of a few of them.
+
+        Weights that are replaced again and again become inputs: each new constant graph would count against Dynamo's
+        recompile limit, past which it runs eager without a word.
+        """
+        if identity not in self.graphs:
+            if self.graphs and (not self.weights.intersection(identity) or len(self.graphs) >= MAX_CONSTANT_GRAPHS):
+                return False
+            self.graphs.add(identity)
+            self.weights.update(identity)
+        return True
+
+
+def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compiled:
+    """The callable of a graph that holds its packs."""
+    packs = tuple(rewritten.packs)
+    entries = tuple(site.entry for site in rewritten.sites if site.entry is not None)
+
+    def call(*args: Any) -> Any:
+        if any_stale(entries):
+            STORE.update(entries)
+        return function(*packs, *args)
+
+    def frozen(*args: Any) -> Any:
+        return function(*packs, *args)
+
+    return call if checked else frozen
+
+
+class _Group:
+    """The packs of one set of weights: one block of many."""
+
+    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Site]) -> None:
+        self.packs: list[torch.Tensor] = []
+        self.entries: list[Entry] = []
+        for weight, site in zip(weights, like, strict=True):
+            assert site.scheme is not None and site.packed is not None
+            if tuple(weight.shape) != site.packed.shape:
+                raise RuntimeError(f"{site.layer.name}: compiled for {site.packed.shape}, called with {tuple(weight.shape)}.")
+            entry, packed, _ = STORE.pack(weight, site.scheme, site.packed.layout)
+            self.packs += packed.tensors
+            self.entries.append(entry)
+
+
+class LookedUp:
+    """The callable of a graph that serves any weights of its shapes: packs are looked up by the weights of the call."""
+
+    def __init__(
+        self, gm: fx.GraphModule, function: Compiled, rewritten: Rewritten, kept: list[int], checked: bool,
+        patches: Mapping[str, Any],
+    ) -> None:
+        order = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        where = [order[site.weight] for site in rewritten.sites]
+        self.pick = _picker(where)
+        self.keep = _picker(kept)
+        self.like = rewritten.sites
+        self.function, self.checked = function, checked
+        self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
+        self.gm, self.patches = gm, patches
+
+    def call(self, *args: Any) -> Any:
+        weights = self.pick(args)
+        group = self.groups.get(tuple(map(id, weights)))
+        if group is None:
+            group = self._add(weights, args)
+        if not isinstance(group, _Group):
+            return group(*args)
+        if self.checked and any_stale(group.entries):
+            STORE.update(group.entries)
+        return self.function(*group.packs, *self.keep(args))
+
+    def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any]) -> _Group | Compiled:
+        key = tuple(map(id, weights))
+        group: _Group | Compiled
+        try:
+            group = _Group(weights, self.like)
+        except NonFinite as error:
+            warn_once(f"a weight of shape {tuple(weights[0].shape)} holds {error}; its whole block stays in full precision.")
+            with torch.no_grad():
+                group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
+        self.groups[key] = group
+        for weight in weights:  # an id may be used again once its weight is gone
+            weakref.finalize(weight, self.groups.pop, key, None).atexit = False
+        return group
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """args -> the args at these places, as fast as Python can."""
+    if not indices:
+        return lambda args: ()
+    low, high = indices[0], indices[-1] + 1
+    if list(indices) == list(range(low, high)):
+        part = slice(low, high)
+        return lambda args: args[part]
+    return operator.itemgetter(*indices)

@@ -1,0 +1,55 @@
+"""What every test gets: a clean compiler, fixed seeds, `gpu` tests skipped where there is no CUDA, and the `graphs` it compiled."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# A hit in Inductor's graph cache skips our lowerings, and then no test could say which kernel ran.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a source tree without an installed package
+
+import pytest
+import torch
+from util import Graph
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Fixed seeds; after the test no compiled code, no warning counted as given, no code seen before."""
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    runtime = sys.modules.get("aoquant_inductor.runtime")
+    backend = sys.modules.get("aoquant_inductor.backend")
+    if backend is not None and runtime is not None:
+        runtime._warned.clear()
+        backend._seen.clear()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """Every graph that aoquant hands to Inductor from here on."""
+    from aoquant_inductor import _inductor
+
+    found: list[Graph] = []
+    compile_graph = _inductor.compile_graph
+
+    def record(gm, inputs, patches, packs=(), constant=False, *rest):  # type: ignore[no-untyped-def]
+        found.append(Graph(gm.code.strip(), tuple(packs), constant))
+        return compile_graph(gm, inputs, patches, packs, constant, *rest)
+
+    monkeypatch.setattr(_inductor, "compile_graph", record)
+    return found
