@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, MappingProxyType
+from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
@@ -66,10 +66,9 @@ def is_config_key(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the graph comes from: the compiled object's context, what it wraps, and the frame that was traced."""
+    """Where a graph comes from: the compiled object's context and module, and the frame that was traced."""
 
     context: object  # one per torch.compile call: what report() finds the graphs by
-    function: object
     root: nn.Module | None  # the compiled module: names are relative to it
     code: CodeType
     local_self: nn.Module | None
@@ -89,21 +88,24 @@ def _module_of(function: object) -> nn.Module | None:
     return None
 
 
+def calling() -> tuple[object, nn.Module | None]:
+    """(context, root) of the innermost torch.compile call on this thread's stack; (None, None) outside of one."""
+    caller: FrameType | None = sys._getframe()
+    while caller is not None:
+        if caller.f_code.co_name == "compile_wrapper" and caller.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return caller.f_locals.get("self"), _module_of(caller.f_locals.get("fn"))
+        caller = caller.f_back
+    return None, None
+
+
 def frame() -> Frame:
-    """The innermost torch.compile call on this thread's stack and the frame Dynamo is tracing for it."""
+    """The torch.compile call whose graph a backend is given, and the frame that was traced for it."""
     (translator,) = private("torch._dynamo.symbolic_convert", "InstructionTranslator")
     root_tx = translator.current_tx().output.root_tx
     local_self = root_tx.f_locals.get("self")
     local_self = local_self if isinstance(local_self, nn.Module) else None
-    context = function = None
-    caller = sys._getframe()
-    while caller is not None:
-        if caller.f_code.co_name == "compile_wrapper" and caller.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            context, function = caller.f_locals.get("self"), caller.f_locals.get("fn")
-            break
-        caller = caller.f_back  # type: ignore[assignment]
-    root = _module_of(function)
-    return Frame(context or root_tx.f_code, function, root if root is not None else local_self, root_tx.f_code, local_self)
+    context, root = calling()
+    return Frame(context or root_tx.f_code, root if root is not None else local_self, root_tx.f_code, local_self)
 
 
 def context_of(compiled: object) -> object | None:
@@ -253,20 +255,19 @@ def _with_version(patches: Mapping[str, Any]) -> dict[str, Any]:
 
 def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], packs: Sequence[torch.Tensor] = (),
-    constant: bool = False, decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+    constant: bool = False,
 ) -> Callable[..., Any]:
     """Inductor over `gm(*packs, *inputs)`; `constant` bakes the packs in (the caller passes them all the same)."""
     (compile_fx,) = private("torch._inductor.compile_fx", "compile_fx")
     everything = [*packs, *inputs]
     if not packs:
         return compile_fx(gm, everything, config_patches=dict(patches))  # type: ignore[no-any-return]
-    (table,) = private("torch._inductor.decomposition", "select_decomp_table")
     (functorch_config,) = private("torch._functorch", "config")
     kwargs = {"inner_compile": _freezing(packs)} if constant else {}
     # AOTAutograd's cache sees neither inner_compile nor the constants
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(  # type: ignore[no-any-return]
-            gm, everything, config_patches=_with_version(patches), decompositions={**table(), **decompositions}, **kwargs
+            gm, everything, config_patches=_with_version(patches), **kwargs
         )
 
 

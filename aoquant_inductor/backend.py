@@ -62,6 +62,7 @@ def aoquant(
     if sites:
         graph = Report(tuple(site.layer for site in sites))
         journal.graphs.append(graph)
+        journal.compilations += 1
         journal.entries += [site.entry for site in sites if site.entry is not None]
         log.info(graph.summary())
     return compiled
@@ -74,14 +75,16 @@ def _compile(
     rewritten = rewrite.apply(gm, sites)
     identity = tuple(id(site.value) for site in rewritten.sites)
     seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))
-    kept = [(i, p) for i, p in enumerate(gm.graph.find_nodes(op="placeholder")) if p not in rewritten.consumed]
-    rest = [inputs[i] for i, _ in kept]
+    place = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    kept = [i for p, i in place.items() if p not in rewritten.consumed]
+    rest = [inputs[i] for i in kept]
     checked = opts.weights == "checked"
     if not seen.constant(identity):
-        function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs, False, lowering.decompositions())
+        function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs)
+        weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]
-        return LookedUp(plain, function, rewritten, [i for i, _ in kept], checked, patches).call
-    function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs, True, lowering.decompositions())
+        return LookedUp(plain, function, rewritten, weights, kept, checked, patches).call
+    function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs, constant=True)
     _inductor.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
     # Dynamo writes the call's bytecode after this, from the placeholders of a graph that never runs: what is gone from it is
     # never loaded.

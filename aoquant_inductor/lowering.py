@@ -18,7 +18,7 @@ from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor import lowering_triton as triton
-from aoquant_inductor import ops, qparams
+from aoquant_inductor import ops
 from aoquant_inductor.packing import WeightKey
 from aoquant_inductor.problem import Problem
 
@@ -62,15 +62,6 @@ def _linear_dynamic(
     x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any, *key: Any
 ) -> Any:
     return _lower(Problem.of(x_q, x_scale, x_zero, w, scale, zero, sums, bias, key[:-1], key[-1]))
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Ops that are their own reference: a row reduction and a pointwise node, which Inductor fuses into the producer."""
-    ns = torch.ops.aoquant
-    return {
-        ns.quantize_per_token.default: qparams.quantize_per_token,
-        ns.quantize_per_token_asym.default: qparams.quantize_per_token_asym,
-    }
 
 
 @functools.cache

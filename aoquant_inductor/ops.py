@@ -84,28 +84,11 @@ def linear_dynamic(
     return y.to(out_dtype).reshape(*shape, out_features)
 
 
-def _impl(name: str, function: object) -> None:
-    _lib.impl(name, function, "CompositeExplicitAutograd")
-
-
-_impl("quantize_per_token", qparams.quantize_per_token)
-_impl("quantize_per_token_asym", qparams.quantize_per_token_asym)
-_impl("linear_wo", linear_wo)
-_impl("linear_dynamic", linear_dynamic)
-
-
-def _row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], 1), dtype=dtype)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::quantize_per_token", lib=_lib)
-def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), _row(x, torch.float32)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::quantize_per_token_asym", lib=_lib)
-def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), _row(x, torch.float32), _row(x, torch.int32)
+# Implicit: AOTAutograd traces through these two, so that Inductor fuses a row reduction and a pointwise node into the producer.
+_lib.impl("quantize_per_token", qparams.quantize_per_token, "CompositeImplicitAutograd")
+_lib.impl("quantize_per_token_asym", qparams.quantize_per_token_asym, "CompositeImplicitAutograd")
+_lib.impl("linear_wo", linear_wo, "CompositeExplicitAutograd")
+_lib.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_wo", lib=_lib)

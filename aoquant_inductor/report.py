@@ -125,6 +125,7 @@ class Log:
     def __init__(self) -> None:
         self.graphs: list[Report] = []
         self.entries: list[Any] = []  # weights.Entry of every pack its graphs hold, for refresh()
+        self.compilations = 0
         self.pack_seconds = 0.0
         self.compile_seconds = 0.0
 
@@ -133,8 +134,7 @@ class Log:
         return Report(
             layers,
             {
-                "graphs": len(self.graphs),
-                "recompiles": max(0, len(self.graphs) - len({tuple(sorted(x.name for x in g.layers)) for g in self.graphs})),
+                "graphs": self.compilations,
                 "pack_seconds": round(self.pack_seconds, 3),
                 "compile_seconds": round(self.compile_seconds, 3),
                 "torch": torch.__version__,

@@ -47,6 +47,10 @@ class Names:
         """The linears of a weight; for one that no nn.Linear owns, its parameter name, or what its source says."""
         return self._names.get(id(weight)) or self._aliases.get(id(weight)) or [_from_source(source)]
 
+    def known(self, weight: torch.Tensor) -> str | None:
+        """The first name of a weight, if the module has it."""
+        return next(iter(self._names.get(id(weight)) or self._aliases.get(id(weight)) or ()), None)
+
     def aliases(self, weight: torch.Tensor) -> tuple[str, ...]:
         return (*self._names.get(id(weight), [])[1:], *self._aliases.get(id(weight), []))
 

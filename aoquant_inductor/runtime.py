@@ -6,7 +6,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import fx
 
 from aoquant_inductor import _inductor
 from aoquant_inductor.qparams import NonFinite
-from aoquant_inductor.rewrite import Rewritten, Site
+from aoquant_inductor.report import Report, log_of
+from aoquant_inductor.rewrite import Names, Rewritten, Site
 from aoquant_inductor.weights import STORE, Entry, any_stale
 
 Compiled = Callable[..., Any]
@@ -69,30 +70,37 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compile
 
 
 class _Group:
-    """The packs of one set of weights: one block of many."""
+    """The packs of one set of weights, one block of many; in the report of the compiled object that called with them."""
 
     def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Site]) -> None:
         self.packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
+        context, root = _inductor.calling()
+        names, layers = Names(root), []
         for weight, site in zip(weights, like, strict=True):
             assert site.scheme is not None and site.packed is not None
             if tuple(weight.shape) != site.packed.shape:
                 raise RuntimeError(f"{site.layer.name}: compiled for {site.packed.shape}, called with {tuple(weight.shape)}.")
-            entry, packed, _ = STORE.pack(weight, site.scheme, site.packed.layout)
+            entry, packed, sqnr = STORE.pack(weight, site.scheme, site.packed.layout)
             self.packs += packed.tensors
             self.entries.append(entry)
+            name = names.known(weight) or site.layer.name
+            layers.append(replace(site.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr))
+        if context is not None:
+            journal = log_of(context)
+            journal.graphs.append(Report(tuple(layers)))
+            journal.entries += self.entries
 
 
 class LookedUp:
     """The callable of a graph that serves any weights of its shapes: packs are looked up by the weights of the call."""
 
     def __init__(
-        self, gm: fx.GraphModule, function: Compiled, rewritten: Rewritten, kept: list[int], checked: bool,
-        patches: Mapping[str, Any],
+        self, gm: fx.GraphModule, function: Compiled, rewritten: Rewritten, weights: list[int], kept: list[int],
+        checked: bool, patches: Mapping[str, Any],
     ) -> None:
-        order = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        where = [order[site.weight] for site in rewritten.sites]
-        self.pick = _picker(where)
+        """gm: the graph before the rewrite; weights, kept: which of its arguments are looked up, and which are passed on."""
+        self.pick = _picker(weights)
         self.keep = _picker(kept)
         self.like = rewritten.sites
         self.function, self.checked = function, checked
