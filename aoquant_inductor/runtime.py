@@ -16,7 +16,7 @@ from aoquant_inductor import _inductor
 from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.report import Report, log_of
 from aoquant_inductor.rewrite import Names, Rewritten, Site
-from aoquant_inductor.weights import STORE, Entry, any_stale
+from aoquant_inductor.weights import STORE, Entry, Watch
 
 Compiled = Callable[..., Any]
 MAX_CONSTANT_GRAPHS = 4
@@ -56,11 +56,12 @@ class Seen:
 def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compiled:
     """The callable of a graph that holds its packs."""
     packs = tuple(rewritten.packs)
-    entries = tuple(site.entry for site in rewritten.sites if site.entry is not None)
+    watch = Watch([site.entry for site in rewritten.sites if site.entry is not None])
+    stale = watch.stale
 
     def call(*args: Any) -> Any:
-        if any_stale(entries):
-            STORE.update(entries)
+        if stale():
+            watch.update()
         return function(*packs, *args)
 
     def frozen(*args: Any) -> Any:
@@ -86,6 +87,7 @@ class _Group:
             self.entries.append(entry)
             name = names.known(weight) or site.layer.name
             layers.append(replace(site.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr))
+        self.watch = Watch(self.entries)
         if context is not None:
             journal = log_of(context)
             journal.graphs.append(Report(tuple(layers)))
@@ -114,8 +116,8 @@ class LookedUp:
             group = self._add(weights, args)
         if not isinstance(group, _Group):
             return group(*args)
-        if self.checked and any_stale(group.entries):
-            STORE.update(group.entries)
+        if self.checked and group.watch.stale():
+            group.watch.update()
         return self.function(*group.packs, *self.keep(args))
 
     def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any]) -> _Group | Compiled:

@@ -1,0 +1,101 @@
+"""Host time per call of quantized models against compiled bf16 in the same run.
+
+cuda: wall time until the call returns, the device not waited for: host only.
+cpu: CPU time of one thread. It INCLUDES the kernels, since they run on the host; the 50 x Linear(64, 64) model is
+     nearly all overhead, 100 x Linear(1024, 1024) nearly all memory traffic.
+The last line is the staleness check alone, over 224 weights, warm caches; it is part of the calls above it.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from aoquant_inductor import weights
+from benchmarks import build, cli, measure
+from benchmarks.measure import Row
+
+BENCH = "host"
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # name -> (how to make it, in_features, linears)
+    "toy-512-1024-1024": (build.Toy, 512, 2),
+    "residual-100x1024": (partial(build.Stack, 100, 1024, True), 1024, 100),
+    "chain-50x64": (partial(build.Stack, 50, 64, False), 64, 50),
+}
+MODES = {"cpu": ("default",), "cuda": ("default", "reduce-overhead")}
+WEIGHTS = 224  # the linears of a Llama-8B
+
+
+def measure_model(name: str, schemes: Sequence[str], mode: str, device: str, reps: int) -> tuple[list[Row], list[str]]:
+    """The rows of one model in one mode, bf16 first, and what was refused."""
+    make, width, linears = MODELS[name]
+    x = torch.randn(1, width, device=device, dtype=torch.bfloat16)
+    functions: dict[str, measure.Call] = {"bf16": partial(build.compile_bf16(build.fresh(make, device), mode), x)}
+    kernels, refused = {"bf16": ""}, []
+    with torch.no_grad(), build.no_caches():
+        reference = functions["bf16"]().clone()  # type: ignore[attr-defined]
+        for scheme in schemes:
+            compiled = build.compile_quantized(build.fresh(make, device), scheme, mode)
+            try:
+                kernels[scheme] = build.kernels(compiled, linears, compiled(x), reference)
+                functions[scheme] = partial(compiled, x)
+            except build.Refused as why:
+                refused.append(f"{name} {mode} {scheme}: {why}")
+        before = build.graphs()
+        clock = measure.host_time if device == "cuda" else _cpu_clock()
+        times = clock(functions, 3 if device == "cuda" else 10, reps)
+    if build.graphs() != before:
+        return [], [*refused, f"{name} {mode}: {build.graphs() - before} recompilations while timing"]
+    what = "host_time" if device == "cuda" else "cpu_time_with_kernels"
+    return [
+        measure.row(BENCH, name, 1, scheme, mode, what, series, times["bf16"], kernels[scheme])
+        for scheme, series in times.items()
+    ], refused
+
+
+def _cpu_clock() -> Callable[..., measure.Times]:
+    return measure.cpu_time if torch.get_num_threads() == 1 else measure.wall_time
+
+
+def staleness(reps: int) -> Row:
+    """What a checked graph of WEIGHTS unchanged weights asks at every call."""
+    parameters = [nn.Parameter(torch.zeros(8, 8), requires_grad=False) for _ in range(WEIGHTS)]
+    watch = weights.Watch([weights.Entry(p) for p in parameters])
+    if watch.stale():
+        raise AssertionError("fresh weights are stale")
+    clock = _cpu_clock()
+    times = clock({"check": watch.stale}, 100, reps)
+    return measure.row(BENCH, f"{WEIGHTS} weights", 1, "any", "", "stale_check", times["check"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = cli.parser(__doc__, reps=60, schemes=("int8wo",))
+    p.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
+    args = cli.parse(p, argv)
+    rows: list[Row] = []
+    written: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for name in args.models.split(","):
+        for mode in MODES[args.device]:
+            more, no = measure_model(name, args.schemes.split(","), mode, args.device, args.reps)
+            written += measure.write(more, args.device, args.results)
+            rows, refused = rows + more, refused + no
+            gc.collect()
+    rows.append(staleness(args.reps))
+    written += measure.write(rows[-1:], args.device, args.results)
+    cells = [
+        (f"{r.shape} {r.mode}".strip(), r.scheme, f"{r.value:.1f}", f"{r.min:.1f}", f"{r.p20:.1f}", f"{r.p80:.1f}",
+         "-" if r.ratio is None else f"{r.ratio:.2f}x", r.what, r.kernel or "-")
+        for r in rows
+    ]
+    head = ("model, mode", "scheme", "us", "min", "p20", "p80", "speed vs bf16", "what", "kernel")
+    return cli.finish(written, cli.table(head, cells), refused, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Clocks and result rows that every benchmark shares.
+
+All clocks visit the functions round-robin, each round starting with another one, so that drift (clock, other people's
+processes) hits all of them alike. Times are microseconds per call.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+Times = dict[str, list[float]]
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+# ---- clocks --------------------------------------------------------------------------------------------------------------
+
+
+def _rounds(names: Sequence[str], reps: int) -> Iterator[str]:
+    for rep in range(reps):
+        start = rep % len(names)
+        yield from (*names[start:], *names[:start])
+
+
+def _clock(functions: Mapping[str, Call], inner: int, reps: int, now: Callable[[], int], settle: Call) -> Times:
+    times: Times = {name: [] for name in functions}
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    for name in _rounds(list(functions), reps):
+        function = functions[name]
+        settle()
+        function()  # this function's data and code back into the caches
+        settle()
+        start = now()
+        for _ in range(inner):
+            function()
+        times[name].append((now() - start) / 1e3 / inner)
+    settle()
+    return times
+
+
+def cpu_time(functions: Mapping[str, Call], inner: int, reps: int) -> Times:
+    """CPU time of the calling thread: what torch spends on other threads is not in it, so one thread is required.
+
+    Raises RuntimeError if torch may use more.
+    """
+    if torch.get_num_threads() != 1:
+        raise RuntimeError(f"cpu_time() sees one thread and torch uses {torch.get_num_threads()}: torch.set_num_threads(1).")
+    return _clock(functions, inner, reps, time.thread_time_ns, lambda: None)
+
+
+def wall_time(functions: Mapping[str, Call], inner: int, reps: int) -> Times:
+    """Wall-clock time, for several CPU threads; needs a machine of one's own."""
+    return _clock(functions, inner, reps, time.perf_counter_ns, lambda: None)
+
+
+def host_time(functions: Mapping[str, Call], inner: int, reps: int) -> Times:
+    """Wall-clock time until the call returns, on CUDA, the queue empty before each block of `inner` calls.
+
+    The driver blocks past ~1000 queued launches: inner * launches per call must stay below.
+    """
+    return _clock(functions, inner, reps, time.perf_counter_ns, torch.cuda.synchronize)
+
+
+def gpu_time(functions: Mapping[str, Sequence[Call]], inner: int, reps: int) -> Times:
+    """Device time per call: one CUDA graph calls every copy of a function once, and is replayed `inner` times.
+
+    The copies must hold more weights than the L2 cache (60 MB on an H200), or the weights come from there.
+    """
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, copies in functions.items():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for function in (*copies, *copies):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for function in copies:
+                function()
+    times: Times = {name: [] for name in functions}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for name in (*functions, *_rounds(list(functions), reps)):  # the first visit of each is the warm-up
+        graphs[name].replay()
+        start.record()
+        for _ in range(inner):
+            graphs[name].replay()
+        end.record()
+        torch.cuda.synchronize()
+        times[name].append(start.elapsed_time(end) * 1e3 / inner / len(functions[name]))
+    return {name: series[1:] for name, series in times.items()}
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. `ratio` is bf16 time / this time in the same run: above 1 is faster than bf16.
+
+    `value` is the median of `reps` rounds, `min`, `p20` and `p80` their least and their quantiles; shape is NxK or a model's
+    name; `roofline` is the least time possible on that card, where it is known.
+    """
+
+    bench: str
+    shape: str
+    m: int
+    scheme: str
+    mode: str
+    what: str
+    value: float
+    unit: str
+    ratio: float | None
+    min: float
+    p20: float
+    p80: float
+    reps: int
+    kernel: str = ""
+    roofline: float | None = None
+
+
+def row(bench: str, shape: str, m: int, scheme: str, mode: str, what: str, times: Sequence[float],
+        bf16: Sequence[float] | None = None, kernel: str = "", roofline: float | None = None) -> Row:
+    """The Row of one series of times, in microseconds."""
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    value = statistics.median(ordered)
+    return Row(
+        bench, shape, m, scheme, mode, what, round(value, 3), "us",
+        None if bf16 is None else round(statistics.median(bf16) / value, 3),
+        round(ordered[0], 3), round(ordered[round(0.2 * last)], 3), round(ordered[round(0.8 * last)], 3), len(ordered),
+        kernel, None if roofline is None else round(roofline, 3),
+    )
+
+
+def card(device: str) -> tuple[str, str]:
+    """(slug for file names, full name) of the GPU or of this CPU with its widest instruction set."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return slug(name), name
+    name, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() == "flags":
+            flags = set(value.split())
+    known = (("amx_int8", "amx"), ("avx512_bf16", "avx512bf16"), ("avx512f", "avx512"), ("avx2", "avx2"))
+    widest = next((word for flag, word in known if flag in flags), "")
+    return "-".join(part for part in (slug(name), widest) if part), f"{name} {widest}".strip()
+
+
+def slug(name: str) -> str:
+    """`NVIDIA H200` -> `h200`; `AMD EPYC 7713 64-Core Processor` -> `epyc-7713`."""
+    words = re.sub(r"\((R|TM)\)|@.*|\d+-Core", "", name, flags=re.IGNORECASE).split()
+    kept = [word for word in words if word.lower() not in {"nvidia", "amd", "intel", "cpu", "processor"}]
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(kept).lower()).strip("-")
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "--no-optional-locks", *args], cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+@cache
+def commit() -> str:
+    """AOQUANT_COMMIT, or HEAD with "+dirty" if anything but results differs from it, or "unknown"."""
+    if given := os.environ.get("AOQUANT_COMMIT"):
+        return given
+    head = _git("rev-parse", "--short", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+dirty" if _git("status", "--porcelain", "--", "..", ":!results") else "")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a number needs to travel: card, threads, versions, commit and UTC date."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
+    return {
+        "card": card(device)[1],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+COLUMNS = (*(f.name for f in fields(Row)), "card", "threads", "torch", "triton", "python", "commit", "date")
+
+
+def write(rows: Sequence[Row], device: str, results: Path) -> list[dict[str, Any]]:
+    """Appends to `<results>/<card>.<bench>.csv`; the rows with their environment. Raises ValueError on another header."""
+    around = environment(device)
+    full = [asdict(r) | around for r in rows]
+    results.mkdir(parents=True, exist_ok=True)
+    for bench in dict.fromkeys(r.bench for r in rows):
+        path = results / f"{card(device)[0]}.{bench}.csv"
+        if path.exists() and (old := path.read_text().partition("\n")[0].strip().split(",")) != list(COLUMNS):
+            raise ValueError(f"{path} has the columns {old}, not {list(COLUMNS)}: move it away.")
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(r for r in full if r["bench"] == bench)
+    return full

@@ -1,0 +1,148 @@
+"""The benchmarks run, refuse what is no measurement, and write rows that can travel. Tiny shapes; no number is judged."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not in the wheel
+
+from benchmarks import bench_host, bench_linear, build, measure, shapes
+
+COLUMNS = [
+    *("bench", "shape", "m", "scheme", "mode", "what", "value", "unit", "ratio", "min", "p20", "p80", "reps"),
+    *("kernel", "roofline"),
+    *("card", "threads", "torch", "triton", "python", "commit", "date"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(folder: Path, bench: str) -> list[dict[str, str]]:
+    path = folder / f"{measure.card('cpu')[0]}.{bench}.csv"
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert reader.fieldnames == COLUMNS
+    return rows
+
+
+def check(row: dict[str, str]) -> None:
+    assert all(row[c] for c in COLUMNS if c not in {"ratio", "kernel", "roofline", "mode", "triton"}), row
+    assert 0 < float(row["min"]) <= float(row["p20"]) <= float(row["value"]) <= float(row["p80"])
+    assert row["unit"] == "us"
+
+
+def test_bench_linear_writes_a_row_per_scheme_and_m(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--device", "cpu", "--shapes", "64x128", "--m", "1,3", "--schemes", "int8wo", "--reps", "2"]
+    assert bench_linear.main([*argv, "--results", str(tmp_path)]) == 0
+    rows = [r for r in rows_of(tmp_path, "linear") if r["kernel"] != "torchao"]
+    assert [(r["scheme"], r["m"]) for r in rows] == [("bf16", "1"), ("int8wo", "1"), ("bf16", "3"), ("int8wo", "3")]
+    for row in rows:
+        check(row)
+        bf16 = next(r for r in rows if r["m"] == row["m"])
+        assert float(row["ratio"]) == pytest.approx(float(bf16["value"]) / float(row["value"]), abs=1e-3, rel=1e-2)
+    assert all(r["kernel"] for r in rows if r["scheme"] == "int8wo")
+    out = capsys.readouterr().out
+    losing = [r for r in rows if float(r["ratio"]) < 1]
+    assert f"losing rows (below 1.00x bf16): {len(losing)}" in out
+
+
+def test_copies_of_a_layer_are_two_graphs_and_each_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CUDA clock needs; build.kernels() inside compares two copies, of different weights, with bf16's."""
+    monkeypatch.setattr(bench_linear.Problem, "copies", lambda self, bits: 4)
+    before = build.graphs()
+    rows, refused = bench_linear.measure_problem(bench_linear.Problem((64, 128), 2, "cpu", 2), ["int8dq"])
+    assert refused == []
+    assert [r.scheme for r in rows if r.kernel != "torchao"] == ["bf16", "int8dq"]
+    assert build.graphs() == before + 3  # one bf16, two of ours
+
+
+def test_bench_host_writes_rows_and_appends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--device", "cpu", "--models", "toy-512-1024-1024", "--reps", "2", "--json", "--results", str(tmp_path)]
+    assert bench_host.main(argv) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["refused"] == []
+    rows = rows_of(tmp_path, "host")
+    assert [(r["scheme"], r["what"]) for r in rows] == [
+        ("bf16", "cpu_time_with_kernels"), ("int8wo", "cpu_time_with_kernels"), ("any", "stale_check"),
+    ]
+    for row in rows:
+        check(row)
+    measure.write([measure.row("host", "x", 1, "bf16", "", "y", [1.0])], "cpu", tmp_path)
+    assert len(rows_of(tmp_path, "host")) == 4
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / f"{measure.card('cpu')[0]}.host.csv"
+    path.write_text("bench,value\n")
+    with pytest.raises(ValueError, match="move it away"):
+        measure.write([measure.row("host", "x", 1, "bf16", "", "y", [1.0])], "cpu", tmp_path)
+    assert path.read_text() == "bench,value\n"
+
+
+def test_models_share_no_code_object() -> None:
+    one, other = (build.fresh(lambda: build.Linear(64, 64), "cpu") for _ in range(2))
+    assert type(one).forward.__code__ is not type(other).forward.__code__
+    assert torch.equal(one.linear.weight, other.linear.weight)
+    before = build.graphs()
+    compiled = [torch.compile(m, backend="eager", dynamic=False) for m in (one, other)]
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    for _ in range(3):
+        for c in compiled:
+            c(x)
+    assert build.graphs() == before + 2
+
+
+def test_what_is_not_quantized_or_wrong_is_refused() -> None:
+    model = build.fresh(lambda: build.Linear(64, 64), "cpu")
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), build.no_caches():
+        compiled = build.compile_quantized(model, "int8wo")
+        y = compiled(x)
+        assert build.kernels(compiled, 1, y, model(x))
+        with pytest.raises(build.Refused, match="1 of 2 linears"):
+            build.kernels(compiled, 2, y, model(x))
+        with pytest.raises(build.Refused, match="the output is wrong"):
+            build.kernels(compiled, 1, y, -model(x))
+
+
+def test_the_clock_interleaves_and_counts_only_its_thread() -> None:
+    torch.set_num_threads(1)
+    seen: list[str] = []
+    times = measure.cpu_time({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, inner=2, reps=2)
+    assert "".join(seen) == "aaabbb" + "aaabbb" + "bbbaaa"
+    assert [len(series) for series in times.values()] == [2, 2]
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="one thread"):
+        measure.cpu_time({"a": lambda: None}, 1, 1)
+
+
+def test_shapes_are_parsed_by_size_and_by_name() -> None:
+    assert shapes.parse("896x4864,llama8b-o") == [(896, 4864), (4096, 4096)]
+    with pytest.raises(ValueError, match="'4096' is no shape"):
+        shapes.parse("4096")
+
+
+def test_slugs() -> None:
+    assert measure.slug("NVIDIA H200") == "h200"
+    assert measure.slug("AMD EPYC 7713 64-Core Processor") == "epyc-7713"
+    assert measure.slug("Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz") == "xeon-platinum-8480c"
+
+
+def test_roofline_is_bytes_for_one_row_and_flops_for_many() -> None:
+    few, many = (bench_linear.Problem((28672, 4096), m, "cuda", 1) for m in (1, 8192))
+    assert few.roofline("bf16") == pytest.approx(2 * 28672 * 4096 / 4.37e12 * 1e6, rel=0.01)
+    assert few.roofline("int4wo-row") == pytest.approx(few.roofline("bf16") / 4, rel=0.01)
+    assert many.roofline("int8dq") == pytest.approx(many.roofline("int8wo") / 2)
