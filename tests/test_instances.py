@@ -1,0 +1,179 @@
+"""One code object, many modules: each keeps its own weights, all are quantized, nothing is packed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from util import INT8, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor.weights import STORE
+
+
+class Broken(Block):
+    """A block with a graph break: Dynamo compiles it apart from its stack."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + self.a(x).relu()
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: type[Block], depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for one in self.blocks:
+            x = one(x)
+        return x
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        for one in self.blocks:
+            x = one.reference(x).to(x.dtype)
+        return x
+
+
+def test_three_instances(graphs: list[Graph]) -> None:
+    blocks, x = [block() for _ in range(3)], tokens()
+    functions = [compiled(b) for b in blocks]
+    packed = STORE.packed
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = [f(x) for f in functions]
+            assert [sqnr_db(y, b.reference(x)) > 45 for y, b in zip(outputs, blocks, strict=True)] == [True] * 3
+    assert STORE.packed == packed + 3
+    assert len(graphs) <= 2
+    assert all(graph.code.count("torch.ops.aoquant.linear_wo") == 1 for graph in graphs)
+
+
+def test_three_instances_are_all_reported() -> None:
+    functions = [run(block(), tokens())[0] for _ in range(3)]
+    assert [aoquant_inductor.report(f).totals["quantized"] for f in functions] == [1] * 3
+
+
+def test_twelve_blocks_compiled_one_by_one(graphs: list[Graph]) -> None:
+    stack, x = Stack(Block, 12).eval(), tokens()
+    for one in stack.blocks:
+        one.compile(backend="aoquant", options={"schemes": "int8wo"})
+    packed = STORE.packed
+    with torch.no_grad():
+        y = stack(x)
+        assert sqnr_db(y, stack.reference(x)) > 40
+        for one in stack.blocks:
+            assert sqnr_db(one(x), one.reference(x)) > 45
+    assert STORE.packed == packed + 12
+    assert len(graphs) <= 2
+    assert all(graph.code.count("torch.ops.aoquant.linear_wo") == 1 for graph in graphs)
+
+
+def test_graph_broken_stack(graphs: list[Graph]) -> None:
+    stack, x = Stack(Broken, 12).eval(), tokens()
+    packed = STORE.packed
+    _, y, _ = run(stack, x)
+    assert sqnr_db(y, stack.reference(x)) > 40
+    assert STORE.packed == packed + 12
+    assert len([graph for graph in graphs if "linear" in graph.code]) <= 2
+
+
+def test_every_block_of_a_graph_broken_stack_is_reported() -> None:
+    _, _, report = run(Stack(Broken, 12).eval(), tokens())
+    assert_counts(report, 12)
+    assert {layer.name for layer in report.layers} == {f"blocks.{i}.a" for i in range(12)}
+
+
+def test_graph_broken_stack_refreshes_every_block() -> None:
+    stack, x = Stack(Broken, 4).eval(), tokens()
+    function, _, _ = run(stack, x)
+    for one in stack.blocks:
+        one.a.weight.data.copy_(torch.randn(32, 32))
+    assert aoquant_inductor.refresh(function) == 4
+    with torch.no_grad():
+        assert sqnr_db(function(x), stack.reference(x)) > 40
+
+
+def test_a_deepcopy_is_independent() -> None:
+    first, x = block(), tokens()
+    function, y, _ = run(first, x)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.a.weight.neg_()
+    twin, z, report = run(second, x)
+    assert_counts(report, 1)
+    assert sqnr_db(z, second.reference(x)) > 45
+    with torch.no_grad():
+        assert torch.equal(function(x), y)
+    assert sqnr_db(y, first.reference(x)) > 45
+    assert sqnr_db(z, y) < 10
+
+
+def test_a_deepcopy_of_the_compiled_module() -> None:
+    first, x = block(), tokens()
+    function, y, _ = run(first, x)
+    twin = copy.deepcopy(function)
+    with torch.no_grad():
+        twin.a.weight.neg_()
+        assert sqnr_db(twin(x), twin._orig_mod.reference(x)) > 45
+        assert torch.equal(function(x), y)
+
+
+def test_recompiles_share_the_packs(graphs: list[Graph]) -> None:
+    model = Stack(Block, 2).eval()
+    function = compiled(model)
+    packed, held = STORE.packed, len(STORE)
+    inputs = [tokens(m) for m in (4, 5, 9)]
+    model.requires_grad_(False)
+    for mode in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):
+        for x in inputs:
+            with mode():
+                assert sqnr_db(function(x), model.reference(x)) > 40, (mode, x.shape)
+    assert STORE.packed == packed + 2
+    assert len(STORE) == held + 2
+    assert 2 <= len(graphs) <= 6
+    totals = aoquant_inductor.report(function).totals
+    assert (totals["quantized"], totals["linears"], totals["graphs"]) == (2, 2, len(graphs))
+    assert totals["recompiles"] == len(graphs) - 1
+    addresses = {tuple(t.data_ptr() for t in graph.packs) for graph in graphs}
+    assert len(addresses) == 1, "every graph holds the very same packs"
+
+
+def test_dynamic_m_is_two_graphs(graphs: list[Graph]) -> None:
+    model = block()
+    function = compiled(model)
+    with torch.no_grad():
+        for m in range(3, 40, 3):
+            x = tokens(m)
+            assert sqnr_db(function(x), model.reference(x)) > 45, m
+    assert len(graphs) == 2
+
+
+def test_packs_die_with_their_weights() -> None:
+    model, x = block(), tokens()
+    held = len(STORE)
+    function, _, _ = run(model, x)
+    assert len(STORE) == held + 1
+    del model, function
+    torch.compiler.reset()
+    import gc
+
+    gc.collect()
+    assert len(STORE) == held
+
+
+@pytest.mark.parametrize("schemes", [("int8wo", "int4wo-32"), ("int4wo-32-asym", "int8wo")])
+def test_two_schemes_of_one_module(schemes: tuple[str, str]) -> None:
+    """One code object, one weight, two option sets: each compiled object has its own."""
+    model, x = block(), tokens()
+    functions = [run(model, x, schemes=s) for s in schemes]
+    from aoquant_inductor.scheme import resolve
+
+    for (function, y, report), name in zip(functions, schemes, strict=True):
+        assert report.totals["schemes"] == {name: 1}
+        assert sqnr_db(y, model.reference(x, resolve(name))) > 45
+        with torch.no_grad():
+            assert torch.equal(function(x), y)
+    assert INT8.name in schemes

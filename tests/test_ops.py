@@ -1,0 +1,105 @@
+"""torch.ops.aoquant.*: opcheck, and the eager references against float64 computed here from the integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from util import BF16, FP16, FP32, sqnr_db
+
+from aoquant_inductor import ops, packing, qparams
+from aoquant_inductor.packing import LAYOUTS
+from aoquant_inductor.scheme import SCHEMES, Scheme
+
+WO = ["int8wo", "int8wo-32", "int4wo-row", "int4wo-32", "int4wo-32-asym", "int4wo-32-asymfloat"]
+DQ = [
+    "int8dq", "int8dq-asymact", "int8dq-int4w", "int8dq-int4w-asym", "int8dq-int4w-asym-asymact", "int8dq-int4w-32",
+    "int8dq-int4w-32-asymact", "int8dq-int4w-32-asym", "int8dq-int4w-32-asym-asymact",
+]
+N, K = 7, 65
+aoquant = torch.ops.aoquant
+
+
+def weight(scheme: Scheme, layout: str) -> tuple[packing.Packed, torch.Tensor]:
+    """A pack, and its float64 values element by element from w_q, scale and zero."""
+    q = qparams.quantize(torch.randn(N, K), scheme.weight)
+    g = scheme.weight.group_size or K
+    dense = torch.empty(N, K, dtype=torch.float64)
+    for n in range(N):
+        for k in range(K):
+            s, z = float(q.scale[k // g, n]), 0.0 if q.zero is None else float(q.zero[k // g, n])
+            value = int(q.w_q[n, k])
+            dense[n, k] = value * s + z if scheme.weight.zero_point == "float" else (value - z) * s
+    return packing.pack(q, scheme, layout), dense
+
+
+def wo_args(name: str, layout: str, dtype: torch.dtype = FP32, shape: tuple[int, ...] = (5, K)) -> tuple:
+    p, dense = weight(SCHEMES[name], layout)
+    x, bias = torch.randn(shape, dtype=dtype), torch.randn(N, dtype=dtype)
+    return (x, p.w, p.scale, p.zero, bias, *p.key), x.double() @ dense.t() + bias.double()
+
+
+def dq_args(name: str, layout: str, out: torch.dtype = FP32, shape: tuple[int, ...] = (5, K)) -> tuple:
+    scheme = SCHEMES[name]
+    p, dense = weight(scheme, layout)
+    x, bias = torch.randn(shape) + 0.5, torch.randn(N, dtype=out)
+    symmetric = scheme.activation is not None and scheme.activation.symmetric
+    x_q, scale, *zero = aoquant.quantize_per_token(x) if symmetric else aoquant.quantize_per_token_asym(x)
+    z = zero[0] if zero else None
+    left = (x_q.double() - (0 if z is None else z.double())) * scale.double()
+    args = (x_q, scale, z, p.w, p.scale, p.zero, p.sums, bias, *p.key, out)
+    return args, left @ dense.t() + bias.double()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", WO)
+def test_linear_wo(name: str, layout: str) -> None:
+    for dtype, floor in ((FP32, 110), (FP16, 60), (BF16, 45)):
+        for shape in ((5, K), (K,), (2, 1, 3, K), (0, K)):
+            args, want = wo_args(name, layout, dtype, shape)
+            got = aoquant.linear_wo(*args)
+            assert got.dtype == dtype
+            assert sqnr_db(got, want) > floor or not got.numel(), (dtype, shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", DQ)
+def test_linear_dynamic(name: str, layout: str) -> None:
+    for out, floor in ((FP32, 110), (FP16, 60), (BF16, 45)):
+        for shape in ((5, K), (K,), (2, 1, 3, K), (0, K)):
+            args, want = dq_args(name, layout, out, shape)
+            got = aoquant.linear_dynamic(*args)
+            assert got.dtype == out
+            assert sqnr_db(got, want) > floor or not got.numel(), (out, shape)
+
+
+def test_integer_products_are_exact_before_scaling() -> None:
+    """Scales of 1 and integers beyond what fp32 sums exactly: the result is the integer itself."""
+    k = 4096
+    x_q = torch.full((1, k), 127, dtype=torch.int8)
+    w = torch.full((1, k), 127, dtype=torch.int8)
+    w[0, 0] = 126
+    one = torch.ones(1, 1)
+    y = aoquant.linear_dynamic(x_q, one, None, w, one, None, None, None, k, 1, "int8", 0, "int", "plain", torch.float64)
+    assert int(y) == 127 * 127 * k - 127
+
+
+def test_an_asymmetric_activation_without_sums_is_refused() -> None:
+    args, _ = dq_args("int8dq-asymact", "plain")
+    with pytest.raises(ValueError, match="asymmetric activations need w_sums"):
+        aoquant.linear_dynamic(*args[:6], None, *args[7:])
+
+
+def test_the_namespace_holds_these_ops() -> None:
+    names = {s.split("::")[1].split(".")[0] for s in torch._C._dispatch_get_all_op_names() if s.startswith(f"{ops.NAMESPACE}::")}
+    assert names == {"linear_wo", "linear_dynamic", "quantize_per_token", "quantize_per_token_asym"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: str) -> None:
+    for name in ("int8wo", "int4wo-32-asym"):
+        torch.library.opcheck(aoquant.linear_wo.default, wo_args(name, layout)[0])
+    for name in ("int8dq", "int8dq-int4w-32-asym-asymact"):
+        torch.library.opcheck(aoquant.linear_dynamic.default, dq_args(name, layout, BF16)[0])
+    x = torch.randn(2, 3, 8)
+    torch.library.opcheck(aoquant.quantize_per_token.default, (x,))
+    torch.library.opcheck(aoquant.quantize_per_token_asym.default, (x,))

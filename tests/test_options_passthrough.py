@@ -1,0 +1,80 @@
+"""Every other option is Inductor's: in force while this model compiles, gone afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from util import assert_counts, block, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor import OptionError, lowering
+
+KEYS = ("epilogue_fusion", "max_autotune", "coordinate_descent_tuning", "max_fusion_size")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Inductor's config as each of our lowerings finds it."""
+    import torch._inductor.config as config
+
+    found: list[dict[str, Any]] = []
+    lower = lowering._lower
+
+    def spy(problem: Any) -> Any:
+        found.append({key: getattr(config, key) for key in KEYS})
+        return lower(problem)
+
+    monkeypatch.setattr(lowering, "_lower", spy)
+    return found
+
+
+def compile_and_run(**kwargs: Any) -> None:
+    model, x = block(), tokens()
+    function = torch.compile(model, backend="aoquant", **kwargs)
+    with torch.no_grad():
+        assert sqnr_db(function(x), model.reference(x)) > 45
+    assert_counts(aoquant_inductor.report(function), 1)
+
+
+def test_inductor_keys_reach_inductor_for_this_compile_only(seen: list[dict[str, Any]]) -> None:
+    import torch._inductor.config as config
+
+    before = config.get_config_copy()
+    assert before["epilogue_fusion"] is True
+    compile_and_run(options={"epilogue_fusion": False, "max-fusion-size": 17})
+    assert seen == [{"epilogue_fusion": False, "max_autotune": before["max_autotune"], "coordinate_descent_tuning": False,
+                     "max_fusion_size": 17}]
+    assert config.get_config_copy() == before
+    compile_and_run(options={"schemes": "int8wo"})
+    assert seen[1] == {key: before[key] for key in KEYS}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"mode": "max-autotune-no-cudagraphs"}, {"options": {"mode": "max-autotune-no-cudagraphs", "epilogue_fusion": False}}],
+    ids=["argument", "option"],
+)
+def test_mode(seen: list[dict[str, Any]], kwargs: dict[str, Any]) -> None:
+    import torch._inductor.config as config
+
+    before = config.get_config_copy()
+    compile_and_run(**kwargs)
+    assert len(seen) == 1
+    assert seen[0]["max_autotune"] is True
+    assert seen[0]["coordinate_descent_tuning"] is True
+    assert seen[0]["epilogue_fusion"] is ("mode" in kwargs)
+    assert config.get_config_copy() == before
+
+
+def test_an_unknown_option_is_an_error_and_leaves_no_trace() -> None:
+    import torch._inductor.config as config
+
+    before = config.get_config_copy()
+    function = torch.compile(block(), backend="aoquant", options={"epilog_fusion": True})
+    with pytest.raises(Exception, match="did you mean \"epilogue_fusion\"") as caught:
+        function(tokens())
+    errors = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
+    assert any(isinstance(error, OptionError) for error in errors)
+    assert config.get_config_copy() == before

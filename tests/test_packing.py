@@ -1,0 +1,79 @@
+"""Every layout is its own inverse, and says how large it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from util import BF16, FP16, FP32, sqnr_db
+
+from aoquant_inductor import packing, qparams
+from aoquant_inductor.packing import LAYOUTS
+from aoquant_inductor.scheme import SCHEMES, Scheme
+
+SHAPES = [(1, 1), (7, 31), (65, 33), (16, 128), (130, 257), (3, 576)]
+BY_SPEC = list({(s.weight, s.activation and s.activation.symmetric): s for s in SCHEMES.values()}.values())
+
+
+def packed(shape: tuple[int, int], scheme: Scheme, layout: str, dtype: torch.dtype = BF16, seed: int = 0) -> tuple:
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    quantized = qparams.quantize(t, scheme.weight)
+    return quantized, packing.pack(quantized, scheme, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", BY_SPEC, ids=lambda s: s.name)
+def test_unpack_is_the_inverse_and_the_values_are_kept(scheme: Scheme, layout: str) -> None:
+    for n, k in SHAPES:
+        quantized, p = packed((n, k), scheme, layout)
+        q = packing.unpack(p.w, k, n, p.w_dtype, layout)
+        assert torch.equal(q, quantized.w_q), (n, k)
+        assert p.shape == (n, k)
+        # scale and zero as the op reads them: with the pack's own convention the values are the quantized ones
+        zero = None if p.zero is None else p.zero[:, :n]
+        got = qparams.dequantize(q, p.scale[:, :n], zero, p.group_size or None, p.zero_point, torch.float64)
+        spec = scheme.weight
+        want = qparams.dequantize(
+            quantized.w_q, quantized.scale, quantized.zero, spec.group_size, spec.zero_point, torch.float64
+        )
+        assert sqnr_db(got, want) > 120, (n, k)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", [s for s in BY_SPEC if s.activation and not s.activation.symmetric], ids=lambda s: s.name)
+def test_sums_of_an_asymmetric_activation(scheme: Scheme, layout: str) -> None:
+    for n, k in SHAPES:
+        quantized, p = packed((n, k), scheme, layout)
+        g = scheme.weight.group_size or k
+        scale = quantized.scale.double().repeat_interleave(g, 0)[:k].t()
+        one = quantized.scale.shape[0] == 1
+        want = (quantized.w_q.double() * (1 if one else scale)).sum(1)
+        assert p.sums is not None
+        torch.testing.assert_close(p.sums[0, :n].double(), want, rtol=1e-5, atol=0 if one else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("scheme", BY_SPEC, ids=lambda s: s.name)
+def test_packed_bytes_is_the_plain_size(scheme: Scheme, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        _, p = packed(shape, scheme, "plain", dtype)
+        assert packing.packed_bytes(torch.Size(shape), dtype, scheme) == p.nbytes, shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", BY_SPEC, ids=lambda s: s.name)
+def test_copy_keeps_the_storage_and_takes_the_values(scheme: Scheme, layout: str) -> None:
+    _, old = packed((7, 33), scheme, layout, seed=0)
+    _, new = packed((7, 33), scheme, layout, seed=1)
+    assert not torch.equal(old.w, new.w)
+    where = [t.data_ptr() for t in old.tensors]
+    old.copy_(new)
+    assert [t.data_ptr() for t in old.tensors] == where
+    assert all(torch.equal(a, b) for a, b in zip(old.tensors, new.tensors, strict=True))
+
+
+def test_int4_of_the_plain_layout_has_the_even_k_low() -> None:
+    q = qparams.Quantized(
+        torch.tensor([[-8, 7, 1]], dtype=torch.int8), torch.ones(1, 1), None, SCHEMES["int4wo-row"].weight,
+        torch.zeros(()), torch.zeros(()),
+    )
+    assert packing.pack(q, SCHEMES["int4wo-row"], "plain").w.tolist() == [[0 | 15 << 4, 9 | 8 << 4]]

@@ -1,0 +1,163 @@
+"""report() and plan(): what they say, over recompiles, tied weights, bad weights; the log line; the errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+from util import BF16, Graph, assert_counts, block, compiled, dequantized, run, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor import NothingQuantized
+from aoquant_inductor.report import Layer, Report
+from aoquant_inductor.weights import STORE
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 16, dtype=BF16), nn.Linear(32, 16, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), self.b(x)
+
+
+def test_content_json_and_recompiles(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Two().eval(), tokens()
+    function = compiled(model, {"a": "int4wo-32", "b": None})
+    assert aoquant_inductor.report(function) == Report(())
+    with caplog.at_level(logging.INFO, "aoquant_inductor"), torch.no_grad():
+        function(x)
+    first = aoquant_inductor.report(function)
+    a, b = first.layers
+    assert (a.name, a.aliases, a.shape, a.scheme, a.matched_by) == ("a", (), (16, 32), "int4wo-32", "a")
+    assert (a.status, a.reason, a.bytes_before) == ("quantized", None, 16 * 32 * 2)
+    assert 15 < a.sqnr_db < 30
+    assert (b.name, b.scheme, b.status, b.reason, b.kernel, b.sqnr_db) == ("b", None, "skipped", "user", None, None)
+    assert b.bytes_before == b.bytes_after == 16 * 32 * 2
+    after = a.bytes_after + b.bytes_after
+    assert (first.totals["bytes_before"], first.totals["bytes_after"]) == (2048, after)
+    lines = [r.message for r in caplog.records if r.name == "aoquant_inductor" and r.levelno == logging.INFO]
+    assert lines == [first.summary()]
+    assert first.summary() == f"quantized 1 of 2 linears (int4wo-32: 1; b: user), 2.0 kB -> {after / 1000:.1f} kB"
+    assert str(first).splitlines()[-1] == first.summary()
+    data = json.loads(first.to_json())
+    assert data["version"] == 1
+    assert data["totals"] == first.totals
+    assert [Layer(**layer | {"aliases": tuple(layer["aliases"]), "shape": tuple(layer["shape"])}) for layer in data["layers"]] == [
+        a, b
+    ]
+    assert data["layers"][0]["sqnr_db"] == asdict(a)["sqnr_db"]
+    with torch.inference_mode():
+        function(x)
+    second = aoquant_inductor.report(function)
+    assert_counts(second, 1, 2, user=1)
+    assert (second.totals["graphs"], second.totals["recompiles"]) == (2, 1)
+    assert second.layers == first.layers
+
+
+def layer(name: str, scheme: str | None, reason: str | None = None, size: int = 2_000_000) -> Layer:
+    status = "quantized" if reason is None else "skipped"
+    return Layer(name, (), (1000, 1000), scheme, "default", status, reason, None, size, size // 2 if reason is None else size, math.inf)
+
+
+def test_summary_and_table_text() -> None:
+    report = Report((layer("a", "int8wo"), layer("b", "int8wo"), layer("c", "int4wo-32"), layer("lm_head", None, "user")))
+    assert report.summary() == "quantized 3 of 4 linears (int8wo: 2; int4wo-32: 1; lm_head: user), 8.0 MB -> 5.0 MB"
+    many = Report((layer("a", "int8wo", size=3), *(layer(f"x{i}", None, "no_match") for i in range(4))))
+    assert many.summary() == "quantized 1 of 5 linears (int8wo: 1; no_match: 4), 8.0 MB -> 8.0 MB"
+    rows = str(report).splitlines()
+    assert rows[0].split() == ["name", "shape", "scheme", "matched", "by", "status", "bytes", "dB", "kernel"]
+    assert rows[4].split() == ["lm_head", "1000x1000", "-", "default", "skipped:", "user", "2.0", "MB", "->", "2.0", "MB", "inf", "-"]
+    assert json.loads(report.to_json())["layers"][0]["sqnr_db"] is None, "infinity is no JSON"
+
+
+def test_plan_on_the_meta_device_says_what_the_compile_does() -> None:
+    options = {"schemes": {"a": "int4wo-32", "b": None}}
+    with torch.device("meta"):
+        planned = aoquant_inductor.plan(Two(), options)
+    _, _, done = run(Two().eval(), tokens(), schemes=options["schemes"])
+    keys = ("name", "aliases", "shape", "scheme", "matched_by", "status", "reason", "bytes_before")
+    assert [[getattr(x, k) for k in keys] for x in planned.layers] == [[getattr(x, k) for k in keys] for x in done.layers]
+    # plain layout: half a byte per value and a bf16 scale per group
+    assert planned.layers[0].bytes_after == 16 * 32 // 2 + 16 * 2
+    with pytest.raises(NothingQuantized, match="nothing was quantized: 2 linears seen, 0 matched."):
+        aoquant_inductor.plan(Two(), {"schemes": {"a": None}})
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 32, dtype=BF16)
+        self.head = nn.Linear(32, 16, bias=False, dtype=BF16)
+        self.copy = nn.Linear(32, 16, bias=False, dtype=BF16)
+        self.head.weight = self.copy.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.embed(ids)
+        return x, self.head(x), self.copy(x)
+
+
+def test_a_tied_weight_is_one_pack_and_right_in_every_use(graphs: list[Graph]) -> None:
+    model, ids = Tied().eval(), torch.arange(4)
+    packed = STORE.packed
+    _, (x, head, copy), report = run(model, ids)
+    assert_counts(report, 1)
+    assert (report.layers[0].name, set(report.layers[0].aliases)) == ("head", {"copy", "embed.weight"})
+    assert STORE.packed == packed + 1
+    assert graphs[0].code.count("torch.ops.aoquant.linear_wo") == 2
+    assert torch.equal(x, model.embed.weight[ids]), "the embedding reads the original"
+    want = x.double() @ dequantized(model.embed.weight).t()
+    assert sqnr_db(head, want) > 45
+    assert torch.equal(head, copy)
+
+
+def test_a_nan_weight_stays_in_bf16(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Two().eval(), tokens()
+    with torch.no_grad():
+        model.a.weight[3, 5] = math.nan
+        want = torch.compile(model, backend="inductor")(x)[0]
+    with caplog.at_level(logging.INFO, "aoquant_inductor"):
+        _, (a, b), report = run(model, x)
+    assert_counts(report, 1, 2, non_finite=1)
+    text = "a holds a non-finite value (first at [3, 5]); it stays in bf16."
+    assert text in [r.message for r in caplog.records]
+    assert text in str(report).splitlines()
+    assert torch.equal(a.view(torch.int16), want.view(torch.int16)), "bit-equal, NaN included"
+    assert b.isfinite().all()
+
+
+def test_nothing_quantized_through_torch_compile() -> None:
+    with pytest.raises(Exception, match="nothing was quantized: 2 linears seen, 0 matched") as caught:
+        run(Two().eval(), tokens(), schemes={"a": None})
+    errors = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
+    assert any(isinstance(error, NothingQuantized) for error in errors)
+
+
+def test_on_unsupported_error_names_the_layer() -> None:
+    model = Two().eval()
+    with torch.no_grad():
+        model.a.weight[0, 0] = math.inf
+    with pytest.raises(Exception, match=r"a holds a non-finite value \(first at \[0, 0\]\); it stays in bf16"):
+        run(model, tokens(), on_unsupported="error")
+
+
+def test_report_of_something_else() -> None:
+    with pytest.raises(TypeError, match="report\\(\\) wants what torch.compile returned, not object"):
+        aoquant_inductor.report(object())
+
+
+def test_report_of_module_compile_and_of_a_bound_forward() -> None:
+    one, two, x = block(), block(), tokens()
+    one.compile(backend="aoquant")
+    two.forward = torch.compile(two.forward, backend="aoquant")
+    with torch.no_grad():
+        one(x), two(x)
+    for report in (aoquant_inductor.report(one), aoquant_inductor.report(two.forward)):
+        assert_counts(report, 1)
+        assert report.layers[0].name == "a"

@@ -1,0 +1,162 @@
+"""Weights that change after the compile: the next call uses the new ones, whichever way they came."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from util import BF16, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor.weights import STORE
+
+
+def new() -> torch.Tensor:
+    return torch.randn(32, 32).to(BF16) * 0.2
+
+
+def add(m: Block) -> None:
+    with torch.no_grad():
+        m.a.weight.add_(new())
+
+
+def load(m: Block) -> None:
+    m.load_state_dict({"a.weight": new(), "a.bias": torch.randn(32, dtype=BF16)})
+
+
+def assign(m: Block) -> None:
+    m.load_state_dict({"a.weight": new(), "a.bias": torch.randn(32, dtype=BF16)}, assign=True)
+
+
+def parameter(m: Block) -> None:
+    m.a.weight = nn.Parameter(new())
+
+
+def linear(m: Block) -> None:
+    m.a = nn.Linear(32, 32, dtype=BF16)
+
+
+def data(m: Block) -> None:
+    m.a.weight.data = new()
+
+
+def step(m: Block) -> None:
+    m.a.weight.grad = new()
+    torch.optim.SGD([m.a.weight], lr=1.0, foreach=False).step()
+
+
+UPDATES: list[Callable[[Block], None]] = [add, load, assign, parameter, linear, data, step]
+MODES = [torch.no_grad, torch.inference_mode]
+
+
+def make(kind: str, x: torch.Tensor) -> tuple[Block, object]:
+    """A compiled block whose graph holds its packs ("constant") or looks them up: a second instance of one class does."""
+    for _ in range(2 if kind == "looked up" else 1):
+        model = block()
+        function, _, _ = run(model, x)
+    return model, function
+
+
+@pytest.mark.parametrize("kind", ["constant", "looked up"])
+def test_every_route_and_mode(kind: str, graphs: list[Graph]) -> None:
+    x = tokens()
+    model, function = make(kind, x)
+    assert graphs[-1].constant == (kind == "constant")
+    wrong = []
+    for _ in range(2):
+        for update in UPDATES:
+            for mode in MODES:
+                before = model.reference(x)
+                update(model)
+                with mode():
+                    y = function(x)
+                want = model.reference(x)
+                assert sqnr_db(before, want) < 30, "the update has to show"
+                if not sqnr_db(y, want) > 45:
+                    wrong.append((update.__name__, mode.__name__))
+    assert wrong == []
+    # nothing of this may have fallen back to bf16: past Dynamo's recompile limit it would, without a word
+    with torch.no_grad():
+        exact = x.double() + nn.functional.linear(x.double(), model.a.weight.double(), model.a.bias.double()).relu()
+        assert sqnr_db(function(x), model.reference(x)) > sqnr_db(function(x), exact)
+    assert all("torch.ops.aoquant" in graph.code for graph in graphs)
+    assert len(graphs) <= 8
+
+
+def test_in_place_updates_do_not_recompile(graphs: list[Graph]) -> None:
+    x = tokens()
+    model, function = make("constant", x)
+    where = [t.data_ptr() for t in graphs[0].packs]
+    packed = STORE.packed
+    for update in (add, load, data, step):
+        update(model)
+        with torch.no_grad():
+            assert sqnr_db(function(x), model.reference(x)) > 45, update
+    assert len(graphs) == 1
+    assert [t.data_ptr() for t in graphs[0].packs] == where, "the same storage: CUDA graphs hold its address"
+    assert STORE.packed == packed
+
+
+@pytest.mark.parametrize("kind", ["constant", "looked up"])
+def test_refresh_repairs_what_nobody_can_see(kind: str, graphs: list[Graph]) -> None:
+    x = tokens()
+    model, function = make(kind, x)
+    count = len(graphs)
+    model.a.weight.data.fill_(0.25)
+    with torch.no_grad():
+        assert sqnr_db(function(x), model.reference(x)) < 30, "seen after all: document it"
+        assert aoquant_inductor.refresh(function) == 1
+        assert sqnr_db(function(x), model.reference(x)) > 45
+    assert len(graphs) == count
+
+
+def test_frozen_weights_trust_the_user_and_refresh_still_works() -> None:
+    model, x = block(), tokens()
+    function, y, _ = run(model, x, weights="frozen")
+    add(model)
+    with torch.no_grad():
+        assert torch.equal(function(x), y)
+        assert aoquant_inductor.refresh(function) == 1
+        assert sqnr_db(function(x), model.reference(x)) > 45
+
+
+def test_refresh_before_the_first_call_and_of_something_else() -> None:
+    assert aoquant_inductor.refresh(compiled(block())) == 0
+    with pytest.raises(TypeError, match="refresh\\(\\) wants what torch.compile returned, not Block"):
+        aoquant_inductor.refresh(block())
+
+
+def test_functional_call_is_honoured() -> None:
+    model, x = block(), tokens()
+    function, _, _ = run(model, x)
+    for zeros in (torch.zeros_like, lambda p: nn.Parameter(torch.zeros_like(p))):
+        parameters = {name: zeros(p) for name, p in model.named_parameters()}
+        with torch.no_grad():
+            y = torch.func.functional_call(function, {f"_orig_mod.{k}": v for k, v in parameters.items()}, (x,))
+            assert torch.equal(y, x), "zeros in, zeros out"
+            assert sqnr_db(function(x), model.reference(x)) > 45, "and the module's own weights again"
+
+
+def test_a_weight_that_becomes_nan_is_not_answered_with_the_old_one() -> None:
+    """A repack that fails may raise or say NaN; stale finite numbers would hide it."""
+    model, x = block(), tokens()
+    function, _, _ = run(model, x)
+    with torch.no_grad():
+        model.a.weight[3, 5] = float("nan")
+        with contextlib.suppress(ValueError):
+            y = function(x)
+            assert y[:, 3].isnan().all()
+
+
+def test_conversion_to_another_dtype() -> None:
+    model, x = block(), tokens()
+    function, _, _ = run(model, x)
+    model.float()
+    with torch.no_grad():
+        y = function(x.float())
+    assert y.dtype == torch.float32
+    assert sqnr_db(y, model.reference(x.float())) > 55
+    assert_counts(aoquant_inductor.report(function), 1)
