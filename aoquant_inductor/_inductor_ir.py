@@ -95,9 +95,8 @@ def cpp_template(
     class Template(base):  # type: ignore[misc, valid-type]
         def render(self, kernel: Any, template_buffer_node: Any = None, **kwargs: Any) -> str:
             out = self.output_node if template_buffer_node is None else template_buffer_node
-            rows = kernel.size(out, 0)
-            definition = kernel.def_kernel(inputs=names, outputs={"y": out})
-            text = body.replace("{m}", rows).replace("{threads}", str(self.num_threads))
+            definition = kernel.def_kernel(inputs=names, outputs={"y": out})  # names the symbolic sizes, too
+            text = body.replace("{m}", kernel.size(out, 0)).replace("{threads}", str(self.num_threads))
             return f'{self.header().getvalue()}\n{preamble}\nextern "C" {definition}\n{{\n{text}\n}}\n'
 
     template = Template(f"aoquant_{name}", list(names.values()), layout, threads())

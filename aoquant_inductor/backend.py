@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from aoquant_inductor import _inductor, lowering, progress, rewrite
 from aoquant_inductor import options as options_module
-from aoquant_inductor.errors import NothingQuantized
+from aoquant_inductor.errors import NothingQuantized, OptionError
 from aoquant_inductor.options import Options
 from aoquant_inductor.report import Report, log_of
 from aoquant_inductor.rewrite import Names, Site
@@ -35,6 +35,8 @@ def aoquant(
 ) -> Compiled:
     """The torch.compile backend "aoquant"."""
     opts = options_module.parse(options, mode)
+    if opts.release_weights:
+        raise OptionError('"release_weights": true is not available yet: the original weights stay in memory.')
     frame = _inductor.frame()
     names = Names(frame.root)
     sites = rewrite.find(gm, example_inputs, names, opts)
@@ -63,6 +65,7 @@ def aoquant(
         graph = Report(tuple(site.layer for site in sites))
         journal.graphs.append(graph)
         journal.compilations += 1
+        journal.compiled.add(tuple(layer.name for layer in graph.layers))
         journal.entries += [site.entry for site in sites if site.entry is not None]
         log.info(graph.summary())
     return compiled
@@ -129,6 +132,8 @@ def _needs_grad(gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | Non
     trainable = [t.requires_grad for t in floats if isinstance(t, nn.Parameter)]
     if root is not None and root.training and any(trainable):
         return "the model is in training mode with grad enabled"
+    if root is None and any(trainable):  # a function: whether its modules train cannot be seen
+        return "a function over parameters that require grad is compiled with grad enabled"
     if any(trainable) and not all(trainable):
         return "some parameters require grad and others are frozen"
     if any(trainable):

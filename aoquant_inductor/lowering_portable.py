@@ -68,9 +68,9 @@ def _add_bias(y: Any, p: Problem) -> Any:
 
 
 def _int_mm(p: Problem) -> Any | None:
-    """int32[M, N] exact, or None where aten._int_mm cannot: CUDA's wants M > 16 and K, N of 8."""
+    """int32[M, N] exact, or None where aten._int_mm cannot: CUDA's wants M > 16 and K, N of 8; the CPU's is wrong for K = 1."""
     m = ir.static(p.m)
-    if p.groups > 1 or p.k == 0:
+    if p.groups > 1 or p.k < 2:
         return None
     if p.device.type == "cuda" and (m is None or m <= 16 or p.k % 8 or p.n % 8):
         return None

@@ -122,12 +122,9 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
     patches = {key.replace("-", "_"): value for key, value in inductor.items()}
     given["inductor_json"] = json.dumps(patches, sort_keys=True, default=dict)
     try:
-        parsed = Options(**given)
+        return Options(**given)
     except ValidationError as error:
         raise _option_error(error) from None
-    if parsed.release_weights:
-        raise OptionError('"release_weights": true is not available yet: the original weights stay in memory.')
-    return parsed
 
 
 def _schemes(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Scheme | None], ...], Scheme | None]:

@@ -128,6 +128,6 @@ def packed_bytes(shape: torch.Size, dtype: torch.dtype, scheme: Scheme) -> int:
     spec = scheme.weight
     groups = qparams.n_groups(k, spec.group_size)
     scale = groups * n * qparams.scale_dtype(dtype, spec).itemsize
-    zero = 0 if spec.symmetric else groups * n * (1 if spec.zero_point == "int" else dtype.itemsize)
+    zero = 0 if spec.symmetric else groups * n * qparams.zero_dtype(spec).itemsize
     asymmetric = scheme.activation is not None and not scheme.activation.symmetric
     return n * -(-k * spec.bits // 8) + scale + zero + (4 * n if asymmetric else 0)

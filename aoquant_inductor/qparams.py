@@ -15,8 +15,8 @@ import torch
 
 from aoquant_inductor.scheme import QuantSpec
 
-# A smaller normal float does not exist: dividing by it stays finite for every weight that a half type can hold, and an
-# all-zero row quantizes to exact zeros.
+# The smallest normal float: a subnormal scale would be flushed to zero by some kernels. A group without any range has scale 0,
+# so that a row of zeros gives exact zeros whatever a kernel's accumulator holds.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 _CHUNK = 1 << 22  # elements in fp32 at a time: packing must not need a second fp32 model
 
@@ -31,7 +31,7 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True)
 class Quantized:
-    """w_q[N, K] int8, scale[G, N] float, zero[G, N] int8 | float | None; signal and noise are sums of squares (0-d fp64)."""
+    """w_q[N, K] int8, scale[G, N] float, zero[G, N] int8 | fp32 | None; signal and noise are sums of squares (0-d fp64)."""
 
     w_q: torch.Tensor
     scale: torch.Tensor
@@ -55,6 +55,11 @@ def scale_dtype(t: torch.dtype, spec: QuantSpec) -> torch.dtype:
     return torch.float32 if spec.group_size is None or t == torch.float32 else torch.bfloat16
 
 
+def zero_dtype(spec: QuantSpec) -> torch.dtype:
+    """fp32 for a float zero: it may be far from 0 where the step is small."""
+    return torch.int8 if spec.zero_point == "int" else torch.float32
+
+
 def _round_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """To `dtype`, never below: a scale that shrank would clip the extremes by more than half a step."""
     low = scale.to(dtype)
@@ -63,34 +68,42 @@ def _round_up(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(low.float() < scale, (low.view(torch.int16) + 1).view(dtype), low)
 
 
+def _scale(step: torch.Tensor, flat: torch.Tensor, spec: QuantSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Step sizes of groups: 0 where the group is flat, else a normal number."""
+    return _round_up(step.clamp_min(SCALE_FLOOR).masked_fill(flat, 0), scale_dtype(dtype, spec))
+
+
+def _divide(t: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return t / scale.float().clamp_min(SCALE_FLOOR)
+
+
 def _minmax(t: torch.Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
     """t[N, G, g] fp32 -> scale[N, G], zero[N, G]; the range is the data's."""
     if spec.symmetric:
-        scale = t.abs().amax(-1) / spec.qmax
-        return _round_up(scale.clamp_min(SCALE_FLOOR), scale_dtype(dtype, spec)), None
+        top = t.abs().amax(-1)
+        return _scale(top / spec.qmax, top == 0, spec, dtype), None
     low, high = t.amin(-1), t.amax(-1)
     if spec.zero_point == "int":  # zero must be on the grid
         low, high = low.clamp_max(0), high.clamp_min(0)
     steps = spec.qmax - spec.qmin
-    scale = (high / steps - low / steps).clamp_min(SCALE_FLOOR)  # high - low may overflow
-    scale = _round_up(scale, scale_dtype(dtype, spec))
+    scale = _scale(high / steps - low / steps, high == low, spec, dtype)  # high - low may overflow
     if spec.zero_point == "int":
-        zero = spec.qmin - (low / scale.float()).round()
+        zero = spec.qmin - _divide(low, scale).round()
         return scale, zero.clamp(spec.qmin, spec.qmax).to(torch.int8)
-    return scale, (low - spec.qmin * scale.float()).to(dtype)
+    return scale, low - spec.qmin * scale.float()
 
 
 ALGORITHMS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {"minmax": _minmax}
 
 
 def _to_grid(t: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
-    s = scale.float().unsqueeze(-1)
+    s = scale.unsqueeze(-1)
     if zero is None:
-        q = (t / s).round()
+        q = _divide(t, s).round()
     elif spec.zero_point == "int":
-        q = (t / s).round() + zero.float().unsqueeze(-1)
+        q = _divide(t, s).round() + zero.float().unsqueeze(-1)
     else:
-        q = ((t - zero.float().unsqueeze(-1)) / s).round()
+        q = _divide(t - zero.unsqueeze(-1), s).round()
     return q.clamp(spec.qmin, spec.qmax)
 
 
@@ -114,7 +127,7 @@ def quantize(t: torch.Tensor, spec: QuantSpec, algorithm: str = "minmax") -> Qua
     scale = torch.empty(groups, n, dtype=scale_dtype(kind, spec), device=device)
     zero: torch.Tensor | None = None
     if not spec.symmetric:
-        zero = torch.empty(groups, n, dtype=torch.int8 if spec.zero_point == "int" else kind, device=device)
+        zero = torch.empty(groups, n, dtype=zero_dtype(spec), device=device)
     signal, noise = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
     rows = max(1, _CHUNK // max(k, 1))
     for start in range(0, n, rows):
@@ -133,8 +146,8 @@ def quantize(t: torch.Tensor, spec: QuantSpec, algorithm: str = "minmax") -> Qua
         scale[:, part] = s.t()
         if zero is not None and z is not None:
             zero[:, part] = z.t()
-        signal += source.square().sum(dtype=torch.float64)
-        noise += (back.reshape(-1, groups * g)[:, :k] - source).square().sum(dtype=torch.float64)
+        signal += torch.linalg.vector_norm(source, dtype=torch.float64) ** 2
+        noise += torch.linalg.vector_norm(back.reshape(-1, groups * g)[:, :k] - source, dtype=torch.float64) ** 2
     return Quantized(w_q, scale, zero, spec, signal, noise)
 
 

@@ -126,6 +126,7 @@ class Log:
         self.graphs: list[Report] = []
         self.entries: list[Any] = []  # weights.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
+        self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.pack_seconds = 0.0
         self.compile_seconds = 0.0
 
@@ -135,6 +136,7 @@ class Log:
             layers,
             {
                 "graphs": self.compilations,
+                "recompiles": self.compilations - len(self.compiled),
                 "pack_seconds": round(self.pack_seconds, 3),
                 "compile_seconds": round(self.compile_seconds, 3),
                 "torch": torch.__version__,

@@ -18,7 +18,7 @@ from aoquant_inductor.report import QUANTIZED, SKIPPED, Layer
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.weights import STORE, Entry
 
-LINEAR = (torch._C._nn.linear, nn.functional.linear)
+LINEAR = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear)))  # one object in some versions, two in others
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SOURCE_PART = re.compile(r"\['([^']+)'\]|\.(\w+)")
 

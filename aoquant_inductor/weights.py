@@ -22,8 +22,11 @@ from aoquant_inductor.scheme import Scheme
 PackKey = tuple[Scheme, str]
 
 
+UNTRACKED = -1  # an inference tensor counts no versions
+
+
 def _stamp(weight: torch.Tensor) -> tuple[int, int]:
-    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+    return UNTRACKED if weight.is_inference() else weight._version, weight.data_ptr()
 
 
 def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
@@ -37,18 +40,15 @@ class Entry:
     """One weight: its packs, and the state of the weight they were made from."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        key = id(weight)
-        self.ref = weakref.ref(weight, lambda _: STORE.drop(key))
-        self.tracked = not weight.is_inference()
+        key, drop = id(weight), STORE.drop  # bound: at interpreter exit the global is gone before the last weight
+        self.ref = weakref.ref(weight, lambda _: drop(key))
         self.version, self.pointer = _stamp(weight)
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         self.repacks = 0
 
     def stale(self) -> bool:
         weight = self.ref()
-        return weight is not None and (
-            (self.tracked and weight._version != self.version) or weight.data_ptr() != self.pointer
-        )
+        return weight is not None and _stamp(weight) != (self.version, self.pointer)
 
     def repack(self) -> None:
         """New values into the same storage. Raises qparams.NonFinite, and then keeps the old values and the old stamp."""
@@ -63,6 +63,7 @@ class Entry:
                 self.packs[key] = (self.packs[key][0], sqnr)
         self.version, self.pointer = stamp
         self.repacks += 1
+        STORE.generation += 1
 
 
 class Store:
@@ -72,6 +73,7 @@ class Store:
         self._entries: dict[int, Entry] = {}
         self._lock = threading.RLock()
         self.packed = 0  # how often a weight was packed from scratch
+        self.generation = 0  # how often any stamp changed
 
     def drop(self, key: int) -> None:
         self._entries.pop(key, None)
@@ -92,6 +94,7 @@ class Store:
             key = (scheme, layout)
             if key not in entry.packs:
                 entry.version, entry.pointer = _stamp(weight)
+                self.generation += 1
                 entry.packs[key] = pack_weight(weight, scheme, layout)
                 self.packed += 1
             return (entry, *entry.packs[key])
@@ -114,29 +117,34 @@ STORE = Store()
 class Watch:
     """The weights of one graph as they were when its packs were made; asked at every call of a checked graph.
 
-    Three list comprehensions, 0.11 us per weight: a loop over entries costs half as much again.
+    List comprehensions: a loop over entries costs half as much again.
     """
 
-    __slots__ = ("entries", "pointers", "refs", "tracked", "versions")
+    __slots__ = ("entries", "generation", "pointers", "refs", "tracked", "versions")
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries = tuple(dict.fromkeys(entries))
         self.refs = [entry.ref for entry in entries]
-        self.tracked = [entry.ref for entry in entries if entry.tracked]  # an inference tensor has no version
         self._sync()
 
     def _sync(self) -> None:
+        self.generation = STORE.generation
+        tracked = [entry for entry in self.entries if entry.version != UNTRACKED]
+        self.tracked = [entry.ref for entry in tracked]
+        self.versions = [entry.version for entry in tracked]
         self.pointers = [entry.pointer for entry in self.entries]
-        self.versions = [entry.version for entry in self.entries if entry.tracked]
 
     def stale(self) -> bool:
         """Whether a weight changed since it was packed; never true of a weight that is gone."""
+        if self.generation != STORE.generation:
+            # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged.
+            self._sync()
         try:
             return (
                 [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
                 or [ref().data_ptr() for ref in self.refs] != self.pointers  # type: ignore[union-attr]
             )
-        except AttributeError:
+        except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
             return any(entry.stale() for entry in self.entries)
 
     def update(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -122,6 +123,7 @@ def test_a_deepcopy_of_the_compiled_module() -> None:
 
 
 def test_recompiles_share_the_packs(graphs: list[Graph]) -> None:
+    gc.collect()  # what earlier tests left behind must not die in between
     model = Stack(Block, 2).eval()
     function = compiled(model)
     packed, held = STORE.packed, len(STORE)
@@ -152,14 +154,13 @@ def test_dynamic_m_is_two_graphs(graphs: list[Graph]) -> None:
 
 
 def test_packs_die_with_their_weights() -> None:
+    gc.collect()
     model, x = block(), tokens()
     held = len(STORE)
     function, _, _ = run(model, x)
     assert len(STORE) == held + 1
     del model, function
     torch.compiler.reset()
-    import gc
-
     gc.collect()
     assert len(STORE) == held
 
