@@ -226,7 +226,7 @@ def _freezing(packs: Sequence[torch.Tensor]) -> Callable[..., Any]:
 def _sources() -> bytes:
     """A hash of every file of this package."""
     folder = Path(__file__).parent
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja"))
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja", ".cpp"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
@@ -269,6 +269,14 @@ def compile_graph(
         compiled = compile_fx(gm, everything, config_patches=_with_version(patches), **kwargs)
     # Dynamo wraps what a backend returns in torch.compiler.disable; once is enough, and a layer costs 2 us per call.
     return innermost(compiled)  # type: ignore[no-any-return]
+
+
+def cache_folder() -> Path:
+    """Where what we build lies: beside Inductor's own compiled code."""
+    (cache_dir,) = private("torch._inductor.runtime.cache_dir_utils", "cache_dir")
+    folder = Path(cache_dir()) / "aoquant"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager

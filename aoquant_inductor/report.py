@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from aoquant_inductor import native
+
 log = logging.getLogger("aoquant_inductor")
 VERSION = 1
 
@@ -139,6 +141,7 @@ class Log:
                 "recompiles": self.compilations - len(self.compiled),
                 "pack_seconds": round(self.pack_seconds, 3),
                 "compile_seconds": round(self.compile_seconds, 3),
+                "staleness_check": native.state(),
                 "torch": torch.__version__,
             },
         )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from aoquant_inductor import packing, qparams
+from aoquant_inductor import native, packing, qparams
 from aoquant_inductor._inductor import plain_tensors
 from aoquant_inductor.packing import Packed
 from aoquant_inductor.scheme import Scheme
@@ -114,17 +114,28 @@ class Store:
 STORE = Store()
 
 
+def _new_generation() -> None:
+    STORE.generation += 1
+
+
+def settle() -> str:
+    """Waits for the C++ check to be built; returns what the check runs in. For benchmarks: a user's call never waits."""
+    native.start(_new_generation).join()
+    return native.state()
+
+
 class Watch:
     """The weights of one graph as they were when its packs were made; asked at every call of a checked graph.
 
-    List comprehensions: a loop over entries costs half as much again.
+    In C++ once that is built (native.py), until then in list comprehensions.
     """
 
-    __slots__ = ("entries", "generation", "pointers", "refs", "tracked", "versions")
+    __slots__ = ("entries", "generation", "native", "pointers", "refs", "tracked", "versions")
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries = tuple(dict.fromkeys(entries))
-        self.refs = [entry.ref for entry in entries]
+        self.refs = tuple(entry.ref for entry in entries)
+        native.start(_new_generation)
         self._sync()
 
     def _sync(self) -> None:
@@ -133,19 +144,26 @@ class Watch:
         self.tracked = [entry.ref for entry in tracked]
         self.versions = [entry.version for entry in tracked]
         self.pointers = [entry.pointer for entry in self.entries]
+        kind = native.watch_type()
+        self.native = kind and kind(self.refs, [entry.version for entry in self.entries], self.pointers)
 
     def stale(self) -> bool:
         """Whether a weight changed since it was packed; never true of a weight that is gone."""
         if self.generation != STORE.generation:
             # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged.
             self._sync()
+        if self.native is not None:
+            return self.native() and self._confirmed()
         try:
             return (
                 [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
                 or [ref().data_ptr() for ref in self.refs] != self.pointers  # type: ignore[union-attr]
             )
         except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
-            return any(entry.stale() for entry in self.entries)
+            return self._confirmed()
+
+    def _confirmed(self) -> bool:
+        return any(entry.stale() for entry in self.entries)
 
     def update(self) -> None:
         """Repack in place what changed, and remember the weights as they are now."""

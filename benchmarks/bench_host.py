@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=60, schemes=("int8wo",))
     p.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
     args = cli.parse(p, argv)
+    weights.settle()
     rows: list[Row] = []
     written: list[dict[str, Any]] = []
     refused: list[str] = []

@@ -1,4 +1,4 @@
-"""What every test gets: a clean compiler, fixed seeds, `gpu` tests skipped where there is no CUDA, and the `graphs` it compiled."""
+"""What every test gets: a clean compiler, fixed seeds, `gpu` tests skipped without CUDA, and the `graphs` it compiled."""
 
 from __future__ import annotations
 

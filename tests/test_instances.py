@@ -103,7 +103,7 @@ def test_a_deepcopy_is_independent() -> None:
     second = copy.deepcopy(first)
     with torch.no_grad():
         second.a.weight.neg_()
-    twin, z, report = run(second, x)
+    _, z, report = run(second, x)
     assert_counts(report, 1)
     assert sqnr_db(z, second.reference(x)) > 45
     with torch.no_grad():
