@@ -122,6 +122,16 @@ def context_of(compiled: object) -> object | None:
     return found
 
 
+def users(error: Exception) -> Exception:
+    """The error as Dynamo lets it through: what else a backend raises reaches the user wrapped in BackendCompilerFailed."""
+    (shorten,) = private("torch._dynamo.exc", "ShortenTraceback")
+    kind = type(type(error).__name__, (type(error), shorten), {"__module__": type(error).__module__})
+    same: Exception = kind.__new__(kind, *error.args)
+    shorten.__init__(same, *error.args, first_useful_frame=None)
+    same.__dict__.update(error.__dict__)
+    return same
+
+
 def source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")

@@ -1,4 +1,4 @@
-"""(gm, example_inputs, mode, options) -> a compiled callable. The pipeline, read downwards in `aoquant`.
+"""(gm, example_inputs, mode, options) -> a compiled callable. The pipeline, read downwards in `_pipeline`.
 
 One compiled graph may serve many modules: Dynamo compiles a block once for all its equals. The first weights that a code
 object is seen with become constants of its graph, guarded by identity; when other weights come to the same code, a second
@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from aoquant_inductor import _inductor, lowering, progress, rewrite
 from aoquant_inductor import options as options_module
-from aoquant_inductor.errors import NothingQuantized, OptionError
+from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError
 from aoquant_inductor.options import Options
 from aoquant_inductor.report import Report, log_of
 from aoquant_inductor.rewrite import Names, Site
@@ -33,7 +33,16 @@ _seen: dict[tuple[int, str], Seen] = {}
 def aoquant(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Compiled:
-    """The torch.compile backend "aoquant"."""
+    """The torch.compile backend "aoquant". Raises AoquantError's subclasses for what the user can mend."""
+    try:
+        return _pipeline(gm, example_inputs, mode, options)
+    except AoquantError as error:
+        raise _inductor.users(error) from None
+
+
+def _pipeline(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any] | None
+) -> Compiled:
     opts = options_module.parse(options, mode)
     if opts.release_weights:
         raise OptionError('"release_weights": true is not available yet: the original weights stay in memory.')
