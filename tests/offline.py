@@ -125,7 +125,8 @@ def render(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool =
                 graph._update_scheduler()
                 graph.scheduler.codegen()
                 code = graph.wrapper_code.generate(graph.is_inference)[0]
-    return {"code": getattr(code, "value", code), "tensors": present, "expected": expected}
+    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
+    return {"code": getattr(code, "value", code), "tensors": present, "names": names, "expected": expected}
 
 
 def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:
@@ -137,6 +138,15 @@ def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:
     signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", text, re.S).group(1))  # type: ignore[union-attr]
     options = {key: int(re.search(rf"{key}=(\d+)", text).group(1)) for key in ("num_warps", "num_stages")}  # type: ignore[union-attr]
     return name, text[text.index("@triton.jit") :], signature, options
+
+
+def call_order(code: str, name: str) -> tuple[list[str], tuple[int, ...]]:
+    """(the kernel's arguments by the names of the graph's inputs; the output is none of them, the grid)."""
+    match = re.search(rf"{name}\.run\(([^)]*?)(?:, stream=|\))", code)
+    if match is None:
+        raise AssertionError(f"{name} is not called:\n{code}")
+    arguments = [argument.strip() for argument in match.group(1).split(",") if argument.strip()]
+    return arguments[:-3], tuple(int(size) for size in arguments[-3:])
 
 
 PRELUDE = """import triton
