@@ -289,6 +289,17 @@ def cache_folder() -> Path:
     return folder
 
 
+def debug_folder() -> Path | None:
+    """Where TORCH_COMPILE_DEBUG=1 collects what compilers say, else None."""
+    (config,) = private("torch._inductor", "config")
+    if not config.trace.enabled:
+        return None
+    (get_debug_dir,) = private("torch._dynamo.utils", "get_debug_dir")
+    folder = Path(get_debug_dir()) / "aoquant"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
     """Tensors made here are ordinary ones whatever mode the user's call is in: they are updated in place later."""

@@ -20,7 +20,7 @@ from aoquant_inductor import _inductor, lowering, progress, rewrite
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import Report, log_of
+from aoquant_inductor.report import Log, Report, log_of
 from aoquant_inductor.rewrite import Names, Site
 from aoquant_inductor.runtime import Compiled, LookedUp, Seen, constant, warn_once
 
@@ -49,9 +49,9 @@ def _pipeline(
     frame = _inductor.frame()
     names = Names(frame.root)
     sites = rewrite.find(gm, example_inputs, names, opts)
-    _judge(opts, names, sites)
-    patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     journal = log_of(frame.context)
+    _judge(opts, names, sites, journal)
+    patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):
         _inductor.guard_training(frame.local_self)
@@ -71,12 +71,9 @@ def _pipeline(
             site.name_kernel(kernels)
     journal.compile_seconds += time.perf_counter() - started
     if sites:
-        graph = Report(tuple(site.layer for site in sites))
-        journal.graphs.append(graph)
-        journal.compilations += 1
-        journal.compiled.add(tuple(layer.name for layer in graph.layers))
-        journal.entries += [site.entry for site in sites if site.entry is not None]
-        log.info(graph.summary())
+        journal.add(Report(tuple(site.layer for site in sites)), [site.entry for site in sites if site.entry is not None])
+        if (folder := _inductor.debug_folder()) is not None:
+            (folder / f"graph{journal.compilations}.json").write_text(journal.report().to_json())
     return compiled
 
 
@@ -109,10 +106,11 @@ def _compile(
     return constant(function, rewritten, checked)
 
 
-def _judge(opts: Options, names: Names, sites: Sequence[Site]) -> None:
+def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:
     """Patterns that name nothing, and options under which nothing can be quantized: judged over the whole module."""
     known = list(dict.fromkeys([*names.linears, *(site.layer.name for site in sites)]))
     opts.check(known)
+    journal.unmatched = opts.unmatched(known)
     if known and not any(opts.choose([name]).scheme for name in known):
         raise NothingQuantized(len(known), 0)
 

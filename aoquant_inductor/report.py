@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -121,6 +123,18 @@ def merge(reports: Iterable[Report]) -> tuple[Layer, ...]:
     return tuple(merged.values())
 
 
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of what decides the generated code."""
+    found: dict[str, str | None] = {"torch": torch.__version__}
+    for key, name in (("triton", "triton"), ("aoquant", "aoquant-inductor")):
+        try:
+            found[key] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[key] = None
+    return found
+
+
 class Log:
     """The graphs of one compiled object, in the order they were compiled."""
 
@@ -129,8 +143,17 @@ class Log:
         self.entries: list[Any] = []  # weights.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
+        self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
         self.pack_seconds = 0.0
         self.compile_seconds = 0.0
+
+    def add(self, graph: Report, entries: Iterable[Any]) -> None:
+        """One compiled graph, and the packs it holds."""
+        self.graphs.append(graph)
+        self.compilations += 1
+        self.compiled.add(tuple(layer.name for layer in graph.layers))
+        self.entries += entries
+        log.info(graph.summary())
 
     def report(self) -> Report:
         layers = merge(self.graphs)
@@ -142,7 +165,8 @@ class Log:
                 "pack_seconds": round(self.pack_seconds, 3),
                 "compile_seconds": round(self.compile_seconds, 3),
                 "staleness_check": native.state(),
-                "torch": torch.__version__,
+                "unmatched": self.unmatched,
+                **versions(),
             },
         )
 

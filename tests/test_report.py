@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +166,33 @@ def test_report_of_module_compile_and_of_a_bound_forward() -> None:
     for report in (aoquant_inductor.report(one), aoquant_inductor.report(two.forward)):
         assert_counts(report, 1)
         assert report.layers[0].name == "a"
+
+
+def test_unmatched_keys_and_versions_are_in_the_report() -> None:
+    with pytest.warns(UserWarning, match='"c" names none of the 2 linears'):
+        _, _, report = run(Two().eval(), tokens(), schemes={"a": "int8wo", "c": "int8wo"}, on_unmatched="warn")
+    assert_counts(report, 1, 2, no_match=1)
+    assert report.totals["unmatched"] == ["c"]
+    assert report.totals["torch"] == torch.__version__
+
+
+def test_the_report_lies_in_the_debug_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aoquant_inductor import _inductor
+
+    monkeypatch.setattr(_inductor, "debug_folder", lambda: tmp_path)
+    _, _, report = run(Two().eval(), tokens())
+    (file,) = tmp_path.iterdir()
+    data = json.loads(file.read_text())
+    assert (data["totals"]["quantized"], file.name) == (2, "graph1.json")
+    assert [one["name"] for one in data["layers"]] == [layer.name for layer in report.layers]
+
+
+def test_the_debug_folder_is_torchs() -> None:
+    """TORCH_COMPILE_DEBUG is read when torch is imported: another process."""
+    code = "from aoquant_inductor import _inductor; print(_inductor.debug_folder())"
+    for value, want in (("0", "None"), ("1", "aoquant")):
+        env = {**os.environ, "TORCH_COMPILE_DEBUG": value, "TORCH_COMPILE_DEBUG_DIR": ""}
+        with tempfile.TemporaryDirectory() as folder:
+            env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+            done = subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True, check=True)
+        assert done.stdout.strip().endswith(want)
