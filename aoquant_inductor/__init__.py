@@ -15,6 +15,7 @@ from aoquant_inductor.errors import (
     OptionError,
     UnknownScheme,
     UnmatchedPattern,
+    UnsupportedLayers,
     UnsupportedTorch,
 )
 from aoquant_inductor.register import register
@@ -23,7 +24,7 @@ from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 __version__ = "0.1.0"
 __all__ = [
     "SCHEMES", "AoquantError", "ConflictingSchemes", "NothingQuantized", "OptionError", "QuantSpec", "Scheme",
-    "UnknownScheme", "UnmatchedPattern", "UnsupportedTorch", "plan", "refresh", "report",
+    "UnknownScheme", "UnmatchedPattern", "UnsupportedLayers", "UnsupportedTorch", "plan", "refresh", "report",
 ]
 
 register()

@@ -56,15 +56,9 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     names = rewrite.Names(model)
     opts.check(names.linears)
     layers = []
-    seen: set[int] = set()
-    for module in model.modules():
-        if not isinstance(module, nn.Linear) or id(module.weight) in seen:
-            continue
-        seen.add(id(module.weight))
-        layer, scheme = rewrite.decide(module.weight, names.of(module.weight), names.aliases(module.weight), opts)
+    for weight, layer, scheme in rewrite.plan(model, names, opts):
         if scheme is not None:
-            size = packing.packed_bytes(module.weight.shape, module.weight.dtype, scheme)
-            layer = replace(layer, bytes_after=size)
+            layer = replace(layer, bytes_after=packing.packed_bytes(weight.shape, weight.dtype, scheme))
         layers.append(layer)
     found = Report(tuple(layers))
     if layers and not found.quantized:

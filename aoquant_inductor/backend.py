@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import fx, nn
 
 from aoquant_inductor import _inductor, lowering, progress, rewrite
 from aoquant_inductor import options as options_module
-from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError
+from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import Log, Report, log_of
+from aoquant_inductor.report import Layer, Log, Report, log_of
 from aoquant_inductor.rewrite import Names, Site
 from aoquant_inductor.runtime import Compiled, LookedUp, Seen, constant, warn_once
 
@@ -50,7 +51,10 @@ def _pipeline(
     names = Names(frame.root)
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
+    others = rewrite.read_elsewhere(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)
+    if frame.root is not None:
+        journal.planned = tuple(layer for _, layer, _ in rewrite.plan(frame.root, names, opts))
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):
@@ -61,7 +65,7 @@ def _pipeline(
             site.skip("grad")
     rewrite.pack(progress.bar(sites))
     journal.pack_seconds += time.perf_counter() - started
-    _check_unsupported(opts, sites)
+    _check_unsupported(opts, [*(site.layer for site in sites), *others])
     if not any(site.packed for site in sites):
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
     else:
@@ -70,8 +74,9 @@ def _pipeline(
         for site in sites:
             site.name_kernel(kernels)
     journal.compile_seconds += time.perf_counter() - started
-    if sites:
-        journal.add(Report(tuple(site.layer for site in sites)), [site.entry for site in sites if site.entry is not None])
+    if sites or others:
+        graph = Report((*(site.layer for site in sites), *others))
+        journal.add(graph, [site.entry for site in sites if site.entry is not None])
         if (folder := _inductor.debug_folder()) is not None:
             (folder / f"graph{journal.compilations}.json").write_text(journal.report().to_json())
     return compiled
@@ -115,18 +120,15 @@ def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> 
         raise NothingQuantized(len(known), 0)
 
 
-def _check_unsupported(opts: Options, sites: Sequence[Site]) -> None:
-    wanted = [site.layer for site in sites if site.layer.scheme is not None]
+def _check_unsupported(opts: Options, layers: Sequence[Layer]) -> None:
+    wanted = [layer for layer in layers if layer.scheme is not None]
     missed = [layer for layer in wanted if layer.reason not in (None, "grad")]
     for layer in missed:
         log.warning("%s %s", layer.name, layer.detail or layer.reason)
     if missed and opts.on_unsupported == "error":
-        reasons: dict[str, int] = {}
-        for layer in missed:
-            reasons[str(layer.reason)] = reasons.get(str(layer.reason), 0) + 1
         if len(missed) == len(wanted):
-            raise NothingQuantized(len(sites), len(wanted), reasons)
-        raise ValueError("\n".join(f"{layer.name} {layer.detail or layer.reason}" for layer in missed))
+            raise NothingQuantized(len(layers), len(wanted), Counter(str(layer.reason) for layer in missed))
+        raise UnsupportedLayers({layer.name: layer.detail or str(layer.reason) for layer in missed})
 
 
 def _needs_grad(gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | None) -> str | None:

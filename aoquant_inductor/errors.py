@@ -61,6 +61,17 @@ class NothingQuantized(AoquantError, ValueError):
         return f"{text} ({why})." if self.matched and why else f"{text}."
 
 
+class UnsupportedLayers(AoquantError, ValueError):
+    """Linears that have a scheme and cannot have it, under on_unsupported="error": name -> why."""
+
+    def __init__(self, layers: Mapping[str, str]) -> None:
+        super().__init__(dict(layers))
+        self.layers = dict(layers)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name} {why}" for name, why in self.layers.items()) + ' Set on_unsupported="report" to go on.'
+
+
 class ConflictingSchemes(AoquantError, ValueError):
     """Two names of one tied weight choose different schemes.
 

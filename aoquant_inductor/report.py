@@ -123,6 +123,14 @@ def merge(reports: Iterable[Report]) -> tuple[Layer, ...]:
     return tuple(merged.values())
 
 
+def uncalled(layer: Layer) -> Layer:
+    """A linear that no compiled graph called: one whose reason is known keeps it."""
+    if layer.status == SKIPPED:
+        return layer
+    detail = "is called by no compiled graph: unused so far, in eager code, or its weight is read by a fused op."
+    return replace(layer, status=SKIPPED, reason="not_called", detail=detail)
+
+
 @functools.cache
 def versions() -> dict[str, str | None]:
     """Of what decides the generated code."""
@@ -143,6 +151,7 @@ class Log:
         self.entries: list[Any] = []  # weights.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
+        self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
         self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
         self.pack_seconds = 0.0
         self.compile_seconds = 0.0
@@ -157,6 +166,8 @@ class Log:
 
     def report(self) -> Report:
         layers = merge(self.graphs)
+        called = {name for layer in layers for name in (layer.name, *layer.aliases)}
+        layers += tuple(uncalled(layer) for layer in self.planned if layer.name not in called)
         return Report(
             layers,
             {

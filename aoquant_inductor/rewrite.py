@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.weights import STORE, Entry
 
 LINEAR = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear)))  # one object in some versions, two in others
+EMBEDDING = (torch.embedding, nn.functional.embedding)  # a tied head's weight: its linear may be in another graph
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SOURCE_PART = re.compile(r"\['([^']+)'\]|\.(\w+)")
 
@@ -47,12 +48,38 @@ class Names:
         """The linears of a weight; for one that no nn.Linear owns, its parameter name, or what its source says."""
         return self._names.get(id(weight)) or self._aliases.get(id(weight)) or [_from_source(source)]
 
+    def is_linear(self, weight: torch.Tensor) -> bool:
+        return id(weight) in self._names
+
     def known(self, weight: torch.Tensor) -> str | None:
         """The first name of a weight, if the module has it."""
         return next(iter(self._names.get(id(weight)) or self._aliases.get(id(weight)) or ()), None)
 
     def aliases(self, weight: torch.Tensor) -> tuple[str, ...]:
         return (*self._names.get(id(weight), [])[1:], *self._aliases.get(id(weight), []))
+
+
+def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torch.Tensor, Layer, Scheme | None]]:
+    """Every weight of an nn.Linear of the module, decided; no data is read."""
+    weights = {id(m.weight): m.weight for m in root.modules() if isinstance(m, nn.Linear)}
+    for weight in weights.values():
+        yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
+
+
+def read_elsewhere(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
+    """The weights of nn.Linears that this graph hands to other ops only, a fused encoder layer say: left, with the reason."""
+    found = []
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if not isinstance(value, nn.Parameter) or not names.is_linear(value) or not node.users:
+            continue
+        if any(user.target in LINEAR for user in node.users):
+            continue
+        layer, scheme = decide(value, names.of(value), names.aliases(value), options)
+        if scheme is not None and not any(user.target in EMBEDDING for user in node.users):
+            op = getattr(next(iter(node.users)).target, "__name__", str(next(iter(node.users)).target))
+            layer = replace(layer, status=SKIPPED, reason="other_op", detail=f"is read by {op}, not by a linear.")
+            found.append(layer)
+    return found
 
 
 def _from_source(source: str) -> str:

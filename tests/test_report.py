@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from torch import nn
 from util import BF16, Graph, assert_counts, block, compiled, dequantized, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import NothingQuantized
+from aoquant_inductor import NothingQuantized, UnsupportedLayers
 from aoquant_inductor.report import Layer, Report
 from aoquant_inductor.weights import STORE
 
@@ -148,7 +149,8 @@ def test_on_unsupported_error_names_the_layer() -> None:
     model = Two().eval()
     with torch.no_grad():
         model.a.weight[0, 0] = math.inf
-    with pytest.raises(Exception, match=r"a holds a non-finite value \(first at \[0, 0\]\); it stays in bf16"):
+    text = r'^a holds a non-finite value \(first at \[0, 0\]\); it stays in bf16\. Set on_unsupported="report" to go on\.$'
+    with pytest.raises(UnsupportedLayers, match=text):
         run(model, tokens(), on_unsupported="error")
 
 
@@ -196,3 +198,28 @@ def test_the_debug_folder_is_torchs() -> None:
             env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
             done = subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True, check=True)
         assert done.stdout.strip().endswith(want)
+
+
+def test_linears_that_no_linear_node_reads_are_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
+    """TransformerEncoderLayer's fast path hands its weights to one fused op: bf16, and said so."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    model = nn.Sequential(layer, nn.Linear(32, 32)).eval()
+    with caplog.at_level(logging.WARNING, "aoquant_inductor"):
+        _, _, report = run(model, torch.randn(2, 3, 32))
+    assert_counts(report, 1, 4, other_op=3)
+    fused = {one.name: one.detail for one in report.layers if one.reason == "other_op"}
+    assert set(fused) == {"0.linear1", "0.linear2", "0.self_attn.out_proj"}
+    assert fused["0.linear1"] == "is read by _transformer_encoder_layer_fwd, not by a linear."
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [f"{k} {v}" for k, v in fused.items()]
+    with pytest.raises(NothingQuantized, match=r"3 linears seen, 3 matched \(other_op: 3\)"):
+        run(nn.Sequential(copy.deepcopy(layer)).eval(), torch.randn(2, 3, 32), on_unsupported="error")
+
+
+def test_a_linear_that_is_never_called_is_in_the_report() -> None:
+    class Half(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x)
+
+    _, _, report = run(Half().eval(), tokens())
+    assert_counts(report, 1, 2, not_called=1)
+    assert report.layers[1].name == "b"
