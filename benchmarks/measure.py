@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -214,22 +214,28 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-COLUMNS = (*(f.name for f in fields(Row)), "card", "threads", "torch", "triton", "python", "commit", "date")
+def append(rows: Sequence[Mapping[str, Any]], bench: str, device: str, results: Path) -> list[dict[str, Any]]:
+    """Appends to `<results>/<card>.<bench>.csv`; the rows with their environment. Raises ValueError on another header."""
+    around = environment(device)
+    full = [dict(row) | around for row in rows]
+    columns = list(full[0]) if full else []
+    path = results / f"{card(device)[0]}.{bench}.csv"
+    results.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new and full and (old := path.read_text().partition("\n")[0].strip().split(",")) != columns:
+        raise ValueError(f"{path} has the columns {old}, not {columns}: move it away.")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(full)
+    return full
 
 
 def write(rows: Sequence[Row], device: str, results: Path) -> list[dict[str, Any]]:
-    """Appends to `<results>/<card>.<bench>.csv`; the rows with their environment. Raises ValueError on another header."""
-    around = environment(device)
-    full = [asdict(r) | around for r in rows]
-    results.mkdir(parents=True, exist_ok=True)
-    for bench in dict.fromkeys(r.bench for r in rows):
-        path = results / f"{card(device)[0]}.{bench}.csv"
-        if path.exists() and (old := path.read_text().partition("\n")[0].strip().split(",")) != list(COLUMNS):
-            raise ValueError(f"{path} has the columns {old}, not {list(COLUMNS)}: move it away.")
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(r for r in full if r["bench"] == bench)
-    return full
+    """Appends every Row to the file of its bench."""
+    return [
+        done
+        for bench in dict.fromkeys(r.bench for r in rows)
+        for done in append([asdict(r) for r in rows if r.bench == bench], bench, device, results)
+    ]

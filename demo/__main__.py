@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.measure import append
 from demo.evaluate import WINDOW, Score, reference, score, text, windows
 from demo.speed import PREFILL, Runner, Timing, measure
 from demo.weights import WeightsError, fetch, load
@@ -72,10 +72,8 @@ def main() -> int:
     elapsed = time.perf_counter() - start
     print(render(rows, again, args.tokens // WINDOW * WINDOW, device))
     print(f"\n{elapsed:.0f} s in all")
-    if args.json:
-        record = {"machine": machine(device), "seconds": round(elapsed, 1), "failures": failures}
-        figures = {"rows": [asdict(row) for row in rows], AGAIN: asdict(again)}
-        args.json.write_text(json.dumps({**record, **figures}, indent=1) + "\n")
+    if args.results:
+        append([figures(row, rows[0], args.tokens) for row in rows], "demo", args.device, args.results)
     for failure in failures:
         print(f"FAILED {failure}")
     return 1 if failures else 0
@@ -86,7 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schemes", default=",".join(GATES), help="comma-separated (default: %(default)s)")
     windows_of = f"tokens to score, in windows of {WINDOW} (default: %(default)s)"
     parser.add_argument("--tokens", type=int, default=2048, help=windows_of)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="also append the figures to DIR/<card>.demo.csv")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
     args.schemes = [scheme for scheme in args.schemes.split(",") if scheme]
@@ -180,6 +178,17 @@ def failed(rows: list[Row]) -> list[str]:
         if row.quantized != LINEARS:
             lines.append(f"{row.scheme}: {row.quantized} linears quantized, not {LINEARS} ({row.summary})")
     return lines
+
+
+def figures(row: Row, base: Row, tokens: int) -> dict[str, Any]:
+    """One line of the CSV; speeds in tokens/s, _x against compiled bf16 of the same rounds, kl in nats/token."""
+    return {
+        "model": "SmolLM2-135M", "scheme": row.scheme, **{k: round(v, 3) for k, v in asdict(row.timing).items()},
+        "linear_bytes": row.weight_bytes, "ppl": round(row.score.ppl, 4), "ppl_ratio": round(row.score.ppl / base.score.ppl, 5),
+        "kl": "" if row.score.kl is None else round(row.score.kl, 5),
+        "top1": "" if row.score.top1 is None else round(row.score.top1, 4),
+        "tokens": tokens // WINDOW * WINDOW, "layers": row.quantized or 0,
+    }
 
 
 def render(rows: list[Row], again: Timing, tokens: int, device: torch.device) -> str:
