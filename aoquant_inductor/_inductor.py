@@ -240,9 +240,10 @@ def _sources() -> bytes:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
-def _with_version(patches: Mapping[str, Any]) -> dict[str, Any]:
-    """The patches, with what makes Inductor's graph cache tell our versions apart: it hashes graphs and config, but not the
-    lowerings of foreign ops. A custom pass is the one thing in its key that we can own; a user's pass runs inside it.
+def _with_version(patches: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """The patches, with what makes Inductor's graph cache tell our versions apart: it hashes graphs and config, but neither the
+    lowerings of foreign ops nor the sizes traced. A custom pass is the one thing in its key that we can own; a user's pass
+    runs inside it.
     """
     (base,) = private("torch._inductor.custom_graph_pass", "CustomGraphPass")
     (config,) = private("torch._inductor", "config")
@@ -257,16 +258,19 @@ def _with_version(patches: Mapping[str, Any]) -> dict[str, Any]:
 
         def uuid(self) -> Any:
             ids = [p.uuid() if hasattr(p, "uuid") else None for p in passes]
-            return None if None in ids else (_sources(), *ids)
+            return None if None in ids else (_sources(), variant, *ids)
 
     return {**patches, key: Version()}
 
 
 def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], packs: Sequence[torch.Tensor] = (),
-    constant: bool = False,
+    constant: bool = False, variant: str = "",
 ) -> Callable[..., Any]:
-    """Inductor over `gm(*packs, *inputs)`; `constant` bakes the packs in (the caller passes them all the same)."""
+    """Inductor over `gm(*packs, *inputs)`; `constant` bakes the packs in (the caller passes them all the same).
+
+    variant: what the lowerings choose by besides graph and patches.
+    """
     (compile_fx,) = private("torch._inductor.compile_fx", "compile_fx")
     everything = [*packs, *inputs]
     if not packs:
@@ -276,7 +280,7 @@ def compile_graph(
     kwargs = {"inner_compile": _freezing(packs)} if constant else {}
     # AOTAutograd's cache sees neither inner_compile nor the constants
     with functorch_config.patch(enable_autograd_cache=False):
-        compiled = compile_fx(gm, everything, config_patches=_with_version(patches), **kwargs)
+        compiled = compile_fx(gm, everything, config_patches=_with_version(patches, variant), **kwargs)
     # Dynamo wraps what a backend returns in torch.compiler.disable; once is enough, and a layer costs 2 us per call.
     return innermost(compiled)  # type: ignore[no-any-return]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -133,6 +135,29 @@ def searching() -> bool:
     """Whether this compile asked for autotuning."""
     (config,) = private("torch._inductor", "config")
     return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+Range = tuple[int, int | None]
+"""The first and the last M (None: no last) that a graph is compiled for."""
+_rows: contextvars.ContextVar[Range | None] = contextvars.ContextVar("aoquant_rows", default=None)
+
+
+@contextlib.contextmanager
+def rows_within(within: Range | None) -> Iterator[None]:
+    """What is lowered inside is for these M."""
+    token = _rows.set(within)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def rows_hint(m: Expr) -> int:
+    """The M to choose a kernel for: the last of the range that the graph is for, since it must do that one, too."""
+    value, within = size_hint(m), _rows.get()
+    if static(m) is None and within is not None and within[1] is not None and within[0] <= value:
+        return within[1]
+    return value
 
 
 def size_hint(size: Expr) -> int:

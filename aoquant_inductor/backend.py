@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, lowering, progress, rewrite
+from aoquant_inductor import _inductor, lowering, progress, ranges, rewrite
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
 from aoquant_inductor.options import Options
@@ -70,7 +70,7 @@ def _pipeline(
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
     else:
         with torch.no_grad(), lowering.recording() as kernels:
-            compiled = _compile(gm, example_inputs, sites, opts, patches, frame)
+            compiled = _compile(gm, example_inputs, sites, opts, patches, frame, journal)
         for site in sites:
             site.name_kernel(kernels)
     journal.compile_seconds += time.perf_counter() - started
@@ -84,9 +84,10 @@ def _pipeline(
 
 def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site], opts: Options, patches: Mapping[str, Any],
-    frame: _inductor.Frame,
+    frame: _inductor.Frame, journal: Log,
 ) -> Compiled:
     rewritten = rewrite.apply(gm, sites)
+    note = journal.kernel_notes([(site.layer, site.packed.key) for site in sites if site.packed is not None])
     identity = tuple(id(site.value) for site in rewritten.sites)
     seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))
     place = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -94,11 +95,11 @@ def _compile(
     rest = [inputs[i] for i in kept]
     checked = opts.weights == "checked"
     if not seen.constant(identity):
-        function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs)
+        function = ranges.compile_graph(rewritten, rest, patches, False, note)
         weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]
         return LookedUp(plain, function, rewritten, weights, kept, checked, patches).call
-    function = _inductor.compile_graph(rewritten.gm, rest, patches, rewritten.packs, constant=True)
+    function = ranges.compile_graph(rewritten, rest, patches, True, note)
     _inductor.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
     # Dynamo writes the call's bytecode after this, from the placeholders of a graph that never runs: what is gone from it is
     # never loaded.

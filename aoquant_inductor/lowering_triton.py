@@ -62,7 +62,7 @@ def linear(p: Problem) -> tuple[str, Any] | None:
         return None
     order = (p.x, p.w, p.scale, p.x_scale, p.x_zero, p.sums if p.x_zero is not None else None, p.zero, p.bias)
     inputs = [node for node in order if node is not None]
-    hint = ir.size_hint(p.m)
+    hint = ir.rows_hint(p.m)
     configs = CONFIGS if ir.searching() else [next(c for c in CONFIGS if hint <= c.upto)]
     choices = [_keywords(p, config) for config in configs]
     node = ir.triton_choices(_template(), "aoquant_linear", inputs, (p.m, p.n), p.out_dtype, p.device, choices)

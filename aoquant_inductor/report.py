@@ -9,7 +9,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any
@@ -163,6 +163,15 @@ class Log:
         self.compiled.add(tuple(layer.name for layer in graph.layers))
         self.entries += entries
         log.info(graph.summary())
+
+    def kernel_notes(self, layers: Sequence[tuple[Layer, Any]]) -> Callable[[Mapping[Any, set[str]]], None]:
+        """layers: with the key of their pack -> a function that notes the kernels of a graph compiled later, by such keys."""
+
+        def note(kernels: Mapping[Any, set[str]]) -> None:
+            named = [(layer, sorted(kernels.get(key, ()))) for layer, key in layers]
+            self.graphs.append(Report(tuple(replace(layer, kernel=", ".join(names)) for layer, names in named if names)))
+
+        return note
 
     def report(self) -> Report:
         layers = merge(self.graphs)

@@ -47,9 +47,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     found: list[Graph] = []
     compile_graph = _inductor.compile_graph
 
-    def record(gm, inputs, patches, packs=(), constant=False, *rest):  # type: ignore[no-untyped-def]
+    def record(gm, inputs, patches, packs=(), constant=False, **rest):  # type: ignore[no-untyped-def]
         found.append(Graph(gm.code.strip(), tuple(packs), constant))
-        return compile_graph(gm, inputs, patches, packs, constant, *rest)
+        return compile_graph(gm, inputs, patches, packs, constant, **rest)
 
     monkeypatch.setattr(_inductor, "compile_graph", record)
     return found

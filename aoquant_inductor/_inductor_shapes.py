@@ -1,0 +1,65 @@
+"""The part of `_inductor` about symbolic sizes: what they are in a call, and compiling for others than the traced ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import fx
+
+from aoquant_inductor._inductor import private
+
+
+def rows(value: torch.Tensor) -> sympy.Expr:
+    """M of a fake x[..., K]: the product of its leading sizes."""
+    sizes = [size if isinstance(size, int) else size.node.expr for size in value.shape[:-1]]
+    return sympy.Mul(*sizes)
+
+
+def symbols(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """Symbol -> the place of the argument that is it."""
+    placed = enumerate(node.meta.get("example_value") for node in graph.find_nodes(op="placeholder"))
+    return {value.node.expr: i for i, value in placed if isinstance(value, torch.SymInt)}
+
+
+def evaluator(expr: sympy.Expr, places: Mapping[sympy.Symbol, int]) -> Callable[[Sequence[Any]], int] | None:
+    """args -> the value of `expr`, as fast as Python can; None if the arguments do not tell it."""
+    free = sorted(expr.free_symbols, key=str)
+    if not free or any(symbol not in places for symbol in free):
+        return None
+    if expr in places:
+        place = places[expr]
+        return lambda args: args[place]  # type: ignore[no-any-return]
+    function = sympy.lambdify(free, expr, modules="math")
+    at = [places[symbol] for symbol in free]
+    return lambda args: int(function(*[args[i] for i in at]))
+
+
+def hint(value: Any) -> Any:
+    """What a symbolic size was when it was traced; asking the SymInt itself would make it a constant."""
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+@contextmanager
+def sizes_of(graph: fx.Graph, args: Sequence[Any], inputs: Sequence[Any]) -> Iterator[Callable[[], bool]]:
+    """Inductor compiles a graph that Dynamo is done with, as if it had been traced with these arguments' sizes.
+
+    inputs: the fake ones that Dynamo traced with.
+
+    Yields a question: whether the compile since then asked for a guard that Dynamo cannot add any more, so that its result is
+    not good for every call that the graph is.
+    """
+    tracing, context = private("torch._guards", "tracing", "TracingContext")
+    (fake_mode_of,) = private("torch._dynamo.utils", "detect_fake_mode")
+    fake = fake_mode_of(inputs)
+    env = fake.shape_env
+    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # renamed in torch 2.11
+    values = {symbol: sympy.Integer(args[i]) for symbol, i in symbols(graph).items()}
+    asked = lambda: (env.counter["ignored_backward_guard"], len(env.guards))  # noqa: E731
+    before = asked()
+    with mock.patch.dict(hints, values), tracing(context(fake)):
+        yield lambda: asked() != before

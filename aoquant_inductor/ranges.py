@@ -1,0 +1,107 @@
+"""One graph of Dynamo's, one of Inductor's per range of M: a decode kernel must not serve a prefill, nor the other way.
+
+A graph with a symbolic M holds for every M, but the tile of a kernel does not fit every M. So Inductor compiles such a graph
+again at the first call in another range of lowering.M_RANGES. Dynamo does not recompile, and a call costs one comparison.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from aoquant_inductor import _inductor, lowering
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import _inductor_shapes as shapes
+from aoquant_inductor.lowering import Kernels
+from aoquant_inductor.rewrite import Rewritten
+
+log = logging.getLogger("aoquant_inductor")
+
+Compiled = Callable[..., Any]
+Note = Callable[[Kernels], None]
+
+
+def compile_graph(
+    rewritten: Rewritten, inputs: Sequence[Any], patches: Mapping[str, Any], constant: bool, note: Note
+) -> Compiled:
+    """Inductor over rewritten.gm(*packs, *inputs), for any M. `note` is told the kernels of the graphs that are made later."""
+    gm, packs = rewritten.gm, rewritten.packs  # not the sites: they hold the weights
+
+    def build(values: Sequence[Any], within: ir.Range | None) -> Compiled:
+        with torch.no_grad(), ir.rows_within(within):
+            return _inductor.compile_graph(gm, values, patches, packs, constant, variant=str(within))
+
+    bounds = lowering.M_RANGES.get(rewritten.sites[0].value.device.type, ())
+    expr = _rows(rewritten) if bounds else None
+    rows = None if expr is None else shapes.evaluator(expr, shapes.symbols(gm.graph))
+    if rows is None:
+        return build(inputs, None)
+    graphs = _Graphs(gm.graph, len(packs), rows, bounds, build, note)
+    graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
+    return graphs.call
+
+
+def _rows(rewritten: Rewritten) -> sympy.Expr | None:
+    """The symbolic M of most linears, if there is one."""
+    found = Counter(shapes.rows(site.x.meta["example_value"]) for site in rewritten.sites)
+    return next((expr for expr, _ in found.most_common() if expr.free_symbols), None)
+
+
+class _Graphs:
+    """The Inductor graphs of one rewritten graph, by range of M; one that is missing is compiled when a call needs it."""
+
+    def __init__(
+        self, graph: fx.Graph, packs: int, rows: Callable[[Sequence[Any]], int], bounds: tuple[int, ...],
+        build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
+    ) -> None:
+        """packs: how many of the graph's inputs are. rows: inputs -> M. bounds: the last M of every range but the last."""
+        self.graph, self.packs = graph, packs
+        self.rows, self.bounds, self.build, self.note = rows, bounds, build, note
+        self.compiled: list[Compiled | None] = [None] * (len(bounds) + 1)
+        self.lock = threading.Lock()
+
+    def start(self, args: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """Compiles for the M of args, while Dynamo waits for it."""
+        index = self.index(args)
+        self.compiled[index] = self.build(inputs, self.range(index))
+
+    def index(self, args: Sequence[Any]) -> int:
+        return bisect.bisect_left(self.bounds, self.rows(args))
+
+    def range(self, index: int) -> ir.Range:
+        return (0, *self.bounds)[index] + 1, (*self.bounds, None)[index]
+
+    def call(self, *args: Any) -> Any:
+        index = self.index(args)
+        function = self.compiled[index]
+        if function is None:
+            function = self._add(index, args)
+        return function(*args)
+
+    def _add(self, index: int, args: Sequence[Any]) -> Compiled:
+        with self.lock:
+            found = self.compiled[index]
+            if found is None:
+                found = self._compile(index, args)
+            self.compiled[index] = found
+            return found
+
+    def _compile(self, index: int, args: Sequence[Any]) -> Compiled:
+        inputs = [node.meta["example_value"] for node in self.graph.find_nodes(op="placeholder")[self.packs :]]
+        with shapes.sizes_of(self.graph, args, inputs) as guarded, lowering.recording() as kernels:
+            found = self.build(inputs, self.range(index))
+            if not guarded():
+                self.note(kernels)
+                return found
+        log.warning(
+            "M = %d is served by kernels for another range: a compile of its own would not hold for all of it.", self.rows(args)
+        )
+        return next(one for one in self.compiled if one is not None)

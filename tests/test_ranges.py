@@ -1,0 +1,133 @@
+"""A graph with a symbolic M: one of Dynamo's, one of Inductor's per range of M, each compiled at the first call in it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from util import Graph, assert_counts, block, compiled, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import _inductor_shapes, lowering
+
+BOUNDS = (4, 16)
+
+
+@pytest.fixture(autouse=True)
+def hints(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The M that each lowering was asked to choose a kernel for; the CPU has the ranges of a GPU here."""
+    asked: list[int] = []
+    original = lowering.cpu.linear
+
+    def linear(p):  # type: ignore[no-untyped-def]
+        asked.append(ir.rows_hint(p.m))
+        name, node = original(p) or lowering.portable.linear(p)
+        return f"{name} for {asked[-1]}", node
+
+    monkeypatch.setitem(lowering.M_RANGES, "cpu", BOUNDS)
+    monkeypatch.setitem(lowering.BACKENDS, "cpu", (linear,))
+    return asked
+
+
+@pytest.mark.parametrize("instances", [1, 2], ids=["constant", "looked up"])
+def test_each_range_has_its_kernel_and_dynamo_one_graph(graphs: list[Graph], hints: list[int], instances: int) -> None:
+    for _ in range(instances):
+        model = block()
+        function = compiled(model, dynamic=True)
+        with torch.no_grad():
+            function(tokens(7))
+    del graphs[:-1], hints[:-1]
+    with torch.no_grad():
+        for m in (7, 3, 40, 16, 17, 4, 5, 100):
+            x = tokens(m)
+            assert sqnr_db(function(x), model.reference(x)) > 45, m
+    assert hints == [16, 4, 40], "the last M of a range, or the first that came where it has no last"
+    assert len(graphs) == 3
+    report = aoquant_inductor.report(function)
+    assert_counts(report, 1)
+    if instances == 1:
+        assert (report.totals["graphs"], report.totals["recompiles"]) == (1, 0)
+        kernel = str(report.layers[0].kernel)
+        assert [kernel.count(f"for {m}") for m in (16, 4, 40)] == [1, 1, 1], kernel
+
+
+def test_m_is_a_product_of_two_sizes(graphs: list[Graph], hints: list[int]) -> None:
+    model = block()
+    function = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for b, t in ((2, 3), (2, 2), (5, 20), (3, 5)):
+            x = torch.randn(b, t, 32, dtype=torch.bfloat16)
+            assert sqnr_db(function(x), model.reference(x)) > 45, (b, t)
+    assert hints == [16, 4, 100]
+    assert len(graphs) == 3
+
+
+def test_static_m_is_one_graph(graphs: list[Graph], hints: list[int]) -> None:
+    function = compiled(block(), dynamic=False)
+    with torch.no_grad():
+        function(tokens(7))
+    assert hints == [7]
+    assert len(graphs) == 1
+
+
+def test_mark_dynamic_keeps_its_meaning(graphs: list[Graph]) -> None:
+    """A guard on M would be a constraint violation."""
+    model = block()
+    function = compiled(model)
+    for m in (7, 3, 40):
+        x = tokens(m)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            assert sqnr_db(function(x), model.reference(x)) > 45, m
+    assert len(graphs) == 3
+    assert aoquant_inductor.report(function).totals["graphs"] == 1
+
+
+def test_an_update_reaches_every_range() -> None:
+    model = block()
+    function = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for m in (7, 3, 40):
+            function(tokens(m))
+        model.a.weight.copy_(torch.randn(32, 32))
+        for m in (3, 40, 7):
+            x = tokens(m)
+            assert sqnr_db(function(x), model.reference(x)) > 45, m
+
+
+def test_a_compile_that_would_not_hold_for_its_range_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, graphs: list[Graph]
+) -> None:
+    model = block()
+    function = compiled(model, dynamic=True)
+    with torch.no_grad():
+        function(tokens(7))
+        original = lowering.BACKENDS["cpu"][0]
+
+        def guarding(p):  # type: ignore[no-untyped-def]
+            from torch._inductor.virtualized import V
+
+            V.graph.sizevars.shape_env.evaluate_expr(p.m < 4)
+            return original(p)
+
+        monkeypatch.setitem(lowering.BACKENDS, "cpu", (guarding,))
+        with caplog.at_level(logging.WARNING, "aoquant_inductor"):
+            for m in (3, 4):
+                x = tokens(m)
+                assert sqnr_db(function(x), model.reference(x)) > 45, m
+    assert [r.message for r in caplog.records if r.name == "aoquant_inductor"] == [
+        "M = 3 is served by kernels for another range: a compile of its own would not hold for all of it."
+    ]
+
+
+def test_the_cost_of_choosing_is_one_call() -> None:
+    import sympy
+
+    a, b = sympy.symbols("a b")
+    assert _inductor_shapes.evaluator(a, {a: 1})([0, 7]) == 7
+    assert _inductor_shapes.evaluator(a * b, {a: 1, b: 0})([3, 7]) == 21
+    assert _inductor_shapes.evaluator(a * b, {a: 1}) is None
+    assert _inductor_shapes.rows(nn.Parameter(torch.zeros(3, 5, 8))) == 15
