@@ -146,3 +146,17 @@ def test_roofline_is_bytes_for_one_row_and_flops_for_many() -> None:
     assert few.roofline("bf16") == pytest.approx(2 * 28672 * 4096 / 4.37e12 * 1e6, rel=0.01)
     assert few.roofline("int4wo-row") == pytest.approx(few.roofline("bf16") / 4, rel=0.01)
     assert many.roofline("int8dq") == pytest.approx(many.roofline("int8wo") / 2)
+
+
+def test_models_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import bench_model
+
+    argv = ["--cases", "toy,tiny-dit", "--schemes", "int8dq", "--device", "cpu", "--seconds", "0.05", "--json"]
+    assert bench_model.main([*argv, "--results", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["case"], row["scheme"], row["quantized"]) for row in rows] == [
+        ("toy", "bf16", ""), ("toy", "int8dq", "2/2"), ("tiny-dit", "bf16", ""), ("tiny-dit", "int8dq", "15/15"),
+    ]
+    assert all(float(row["error_db"]) > 20 for row in rows if row["quantized"]), rows
+    (file,) = tmp_path.glob("*.model.csv")
+    assert len(file.read_text().splitlines()) == 5

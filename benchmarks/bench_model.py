@@ -1,0 +1,192 @@
+"""Whole models (models.py): bf16 under torch.compile, each scheme through aoquant, torchao where it is installed.
+
+Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own; the rows of a case run one
+after the other. step: device time of one step, the queue kept full where the host is fast enough for it. host: until the call
+returns, the device idle before. resident and peak: torch.cuda's allocator after the first call, and at most until then; of
+the whole process on CPU they are left empty. error: SQNR in dB of the step's result against compiled bf16's.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import cli, measure, peer_torchao
+from benchmarks.models import CASES, Case, Step
+
+BENCH = "model"
+PEER = "torchao "
+
+
+def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) -> Any:
+    """The model as its users compile it: whole, or block by block. Raises LookupError where torchao has no such scheme."""
+    options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
+    if scheme == "bf16" or scheme.startswith(PEER):
+        if scheme != "bf16" and not peer_torchao.quantize(model, scheme.removeprefix(PEER), device):
+            raise LookupError(scheme)
+        how: dict[str, Any] = options
+    else:
+        how = {"backend": "aoquant", "options": {"schemes": scheme, **options}}
+    if case.blockwise:
+        for block in getattr(model, case.blockwise):
+            block.compile(**how, dynamic=False)
+        return model
+    return torch.compile(model, dynamic=False, **how)
+
+
+def quantized(case: Case, model: nn.Module, function: Any) -> tuple[int, int]:
+    """(linears quantized, linears) by the reports of what was compiled."""
+    import aoquant_inductor
+
+    parts = list(getattr(model, case.blockwise)) if case.blockwise else [function]
+    totals = [aoquant_inductor.report(part).totals for part in parts]
+    return sum(t["quantized"] for t in totals), sum(t["linears"] for t in totals)
+
+
+def device_ms(step: Step, device: str, seconds: float) -> list[float]:
+    """Milliseconds per step of blocks of steps, the queue empty only between blocks."""
+    once = max(1e-5, min(_seconds(step, 1, device) for _ in range(3)))
+    inner = max(1, min(50, int(0.1 / once)))
+    return [1e3 * _seconds(step, inner, device) / inner for _ in range(max(5, min(40, int(seconds / (inner * once)))))]
+
+
+def _seconds(step: Step, count: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def run(name: str, scheme: str, device: str, reference: Path, seconds: float) -> dict[str, Any]:
+    """One row, in this process."""
+    import aoquant_inductor  # noqa: F401  (registers the backend in a source tree)
+
+    case = CASES[name]
+    mode = case.mode if device == "cuda" else "default"
+    model, bind = case.make(device)
+    linear_bytes = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        started = time.perf_counter()
+        function = compiled(case, model, scheme, mode, device)
+        step = bind(function)
+        result = step().clone()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        compile_seconds = time.perf_counter() - started
+        gc.collect()
+        peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else ""
+        for _ in range(5):
+            step()
+        resident = torch.cuda.memory_allocated() / 1e6 if device == "cuda" else ""
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = device_ms(step, device, seconds)
+        step_peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else ""
+        host = measure.host_time({"": step}, 1, 30)[""] if device == "cuda" else []
+    if scheme == "bf16":
+        torch.save(result.cpu(), reference)
+        error = ""
+    else:
+        want, got = torch.load(reference, weights_only=True).double(), result.cpu().double()
+        noise = float((got - want).square().sum())
+        error = f"{10 * math.log10(float(want.square().sum()) / noise):.2f}" if noise > 0 else "inf"
+    ours = scheme != "bf16" and not scheme.startswith(PEER)
+    done, linears = quantized(case, model, function) if ours else (0, 0)
+    if ours and not done:
+        raise RuntimeError("no linear was quantized")
+    value = statistics.median(times)
+    return {
+        "bench": BENCH, "case": name, "scheme": scheme, "mode": mode, "ms": round(value, 4), "min_ms": round(min(times), 4),
+        "rate": round(1e3 * case.per_step / value, 2), "unit": f"{case.unit}/s",
+        "host_ms": round(statistics.median(host) / 1e3, 4) if host else "", "compile_s": round(compile_seconds, 2),
+        "resident_mb": resident and round(resident, 1), "first_call_peak_mb": peak and round(peak, 1),
+        "step_peak_mb": step_peak and round(step_peak, 1), "linear_mb": round(linear_bytes / 1e6, 1), "error_db": error,
+        "quantized": f"{done}/{linears}" if ours else "",
+    }
+
+
+def child(name: str, scheme: str, args: Any, reference: Path) -> dict[str, Any] | str:
+    """One row from a process of its own, or why there is none."""
+    command = [
+        sys.executable, "-m", "benchmarks.bench_model", "--child", name, scheme, "--device", args.device,
+        "--seconds", str(args.seconds), "--reference", str(reference), "--threads", str(args.threads),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.limit)
+    except subprocess.TimeoutExpired:
+        return f"took more than {args.limit:.0f} s"
+    last = done.stdout.strip().splitlines()[-1:] or [""]
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no message"])[-1][-300:]
+    row: dict[str, Any] = json.loads(last[0])
+    return row
+
+
+COLUMNS = {
+    "host_ms": "host ms", "resident_mb": "resident MB", "first_call_peak_mb": "peak MB", "step_peak_mb": "step MB",
+    "compile_s": "compile s", "error_db": "dB", "quantized": "linears",
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    base: dict[str, dict[str, Any]] = {row["case"]: row for row in rows if row["scheme"] == "bf16"}
+    lines = [
+        [
+            row["case"], row["scheme"], f"{row['ms']:.3f}", f"{row['rate']:.1f} {row['unit']}",
+            f"{base[row['case']]['ms'] / row['ms']:.2f}x" if row["case"] in base else "-",
+            *(str(row[key]) or "-" for key in COLUMNS),
+        ]
+        for row in rows
+    ]
+    return cli.table(("case", "scheme", "ms", "rate", "speed", *COLUMNS.values()), lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = cli.parser(__doc__, reps=0, schemes=())
+    p.add_argument("--cases", default="toy,qwen-decode-1,sam-block,dit", help=f"of {', '.join(CASES)} (default: %(default)s)")
+    p.add_argument("--peers", action="store_true", help="torchao's matching schemes too")
+    p.add_argument("--seconds", type=float, default=2.0, help="of timed steps per row (default: %(default)s)")
+    p.add_argument("--limit", type=float, default=400.0, help="seconds one row may take (default: %(default)s)")
+    p.add_argument("--child", nargs=2, help="CASE SCHEME: one row, in this process")
+    p.add_argument("--reference", type=Path)
+    args = cli.parse(p, argv)
+    if args.child:
+        print(json.dumps(run(*args.child, args.device, args.reference, args.seconds)))
+        return 0
+    rows: list[dict[str, Any]] = []
+    refused = []
+    for name in args.cases.split(","):
+        schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
+        peers = [PEER + scheme for scheme in schemes] if args.peers else []
+        with tempfile.TemporaryDirectory() as folder:
+            for scheme in ("bf16", *schemes, *peers):
+                found = child(name, scheme, args, Path(folder) / "bf16.pt")
+                if isinstance(found, str):
+                    refused.append(f"{name} {scheme}: {found}")
+                    continue
+                rows += measure.append([found], BENCH, args.device, args.results)
+                print(f"{name} {scheme}: {found['ms']} ms", file=sys.stderr, flush=True)
+    return cli.finish(rows, table(rows) if rows else "", refused, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
