@@ -21,6 +21,7 @@ def _define(name: str, schema: str) -> None:
     _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
+_define("dequantize", f"(Tensor w, Tensor w_scale, Tensor? w_zero, {_WEIGHT}, ScalarType dtype) -> Tensor")
 _define("quantize_per_token", "(Tensor x) -> (Tensor, Tensor)")
 _define("quantize_per_token_asym", "(Tensor x) -> (Tensor, Tensor, Tensor)")
 _define("linear_wo", f"(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, {_WEIGHT}) -> Tensor")
@@ -37,13 +38,22 @@ def _unpacked(
     return packing.unpack(w, k, n, w_dtype, layout), w_scale[:, :n], None if w_zero is None else w_zero[:, :n]
 
 
+def dequantize(
+    w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str, dtype: torch.dtype,
+) -> torch.Tensor:
+    """(w packed, w_scale[G, N], w_zero[G, N]) -> w[N, K] in `dtype`; fp32 arithmetic."""
+    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
+    return qparams.dequantize(q, scale, zero, group_size or None, zero_point).to(dtype)
+
+
 def linear_wo(
     x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, bias: torch.Tensor | None,
     in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
 ) -> torch.Tensor:
     """(x[..., K] floating, w packed, w_scale[G, N], w_zero[G, N], bias[N]) -> y[..., N] in x's dtype; fp32 accumulation."""
-    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
-    dense = qparams.dequantize(q, scale, zero, group_size or None, zero_point)
+    spec = (in_features, out_features, w_dtype, group_size, zero_point, layout)
+    dense = dequantize(w, w_scale, w_zero, *spec, torch.float32)
     return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -87,8 +97,15 @@ def linear_dynamic(
 # Implicit: AOTAutograd traces through these two, so that Inductor fuses a row reduction and a pointwise node into the producer.
 _lib.impl("quantize_per_token", qparams.quantize_per_token, "CompositeImplicitAutograd")
 _lib.impl("quantize_per_token_asym", qparams.quantize_per_token_asym, "CompositeImplicitAutograd")
+_lib.impl("dequantize", dequantize, "CompositeExplicitAutograd")
 _lib.impl("linear_wo", linear_wo, "CompositeExplicitAutograd")
 _lib.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=_lib)
+def _(w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, in_features: int, out_features: int, w_dtype: str,
+      group_size: int, zero_point: str, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    return w.new_empty((out_features, in_features), dtype=dtype)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_wo", lib=_lib)
