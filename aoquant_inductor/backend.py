@@ -60,10 +60,11 @@ def _pipeline(
     started = time.perf_counter()
     if any(site.scheme for site in sites):
         _inductor.guard_training(frame.local_self)
-    if (reason := _needs_grad(gm, example_inputs, frame.root)) and any(site.scheme for site in sites):
-        warn_once(f"{reason}: compiling in full precision. Quantized graphs are for inference.")
-        for site in sites:
+    differentiable = _needs_grad(gm, example_inputs, frame.root)
+    for site in sites:
+        if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")
+            warn_once(f"{differentiable}: linears that train stay in full precision, frozen ones are quantized.")
     later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
     for site in progress.bar(sites):
         rewrite.pack(site)
@@ -77,7 +78,7 @@ def _pipeline(
     if not any(site.packed for site in sites):
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
     else:
-        with torch.no_grad(), lowering.recording() as kernels:
+        with torch.set_grad_enabled(differentiable is not None), lowering.recording() as kernels:
             compiled = _compile(gm, example_inputs, sites, opts, patches, frame, journal)
         for site in sites:
             site.name_kernel(kernels)
@@ -94,7 +95,7 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site], opts: Options, patches: Mapping[str, Any],
     frame: _inductor.Frame, journal: Log,
 ) -> Compiled:
-    rewritten = rewrite.apply(gm, sites)
+    rewritten = rewrite.apply(gm, sites, torch.is_grad_enabled())
     note = journal.kernel_notes([(site.layer, site.packed.key) for site in sites if site.packed is not None])
     identity = tuple(id(site.value) for site in rewritten.sites)
     seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))

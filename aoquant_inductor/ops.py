@@ -21,10 +21,10 @@ def _define(name: str, schema: str) -> None:
     _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-_define("dequantize", f"(Tensor w, Tensor w_scale, Tensor? w_zero, {_WEIGHT}, ScalarType dtype) -> Tensor")
 _define("quantize_per_token", "(Tensor x) -> (Tensor, Tensor)")
 _define("quantize_per_token_asym", "(Tensor x) -> (Tensor, Tensor, Tensor)")
 _define("linear_wo", f"(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, {_WEIGHT}) -> Tensor")
+_define("linear_grad", f"(Tensor grad, Tensor w, Tensor w_scale, Tensor? w_zero, {_WEIGHT}) -> Tensor")
 _define(
     "linear_dynamic",
     "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? w_sums, "
@@ -55,6 +55,17 @@ def linear_wo(
     spec = (in_features, out_features, w_dtype, group_size, zero_point, layout)
     dense = dequantize(w, w_scale, w_zero, *spec, torch.float32)
     return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear_grad(
+    grad: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
+) -> torch.Tensor:
+    """(grad[..., N] floating, w packed, w_scale[G, N], w_zero[G, N]) -> grad_x[..., K] = grad . dequantize(w), in grad's dtype.
+
+    One op, not a dequantization and a matmul: what does not depend on grad would be moved into the forward and saved, dense.
+    """
+    return grad @ dequantize(w, w_scale, w_zero, in_features, out_features, w_dtype, group_size, zero_point, layout, grad.dtype)
 
 
 def linear_dynamic(
@@ -97,15 +108,15 @@ def linear_dynamic(
 # Implicit: AOTAutograd traces through these two, so that Inductor fuses a row reduction and a pointwise node into the producer.
 _lib.impl("quantize_per_token", qparams.quantize_per_token, "CompositeImplicitAutograd")
 _lib.impl("quantize_per_token_asym", qparams.quantize_per_token_asym, "CompositeImplicitAutograd")
-_lib.impl("dequantize", dequantize, "CompositeExplicitAutograd")
 _lib.impl("linear_wo", linear_wo, "CompositeExplicitAutograd")
+_lib.impl("linear_grad", linear_grad, "CompositeExplicitAutograd")
 _lib.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=_lib)
-def _(w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, in_features: int, out_features: int, w_dtype: str,
-      group_size: int, zero_point: str, layout: str, dtype: torch.dtype) -> torch.Tensor:
-    return w.new_empty((out_features, in_features), dtype=dtype)
+@torch.library.register_fake(f"{NAMESPACE}::linear_grad", lib=_lib)
+def _(grad: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None,
+      in_features: int, *spec: object) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_wo", lib=_lib)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, packing, qparams
+from aoquant_inductor import _inductor, backward, packing, qparams
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed, WeightKey
 from aoquant_inductor.patterns import PATTERNS
@@ -202,10 +202,11 @@ class Rewritten:
     packs: list[torch.Tensor]
     consumed: list[fx.Node]
     sites: list[Site]  # one per packed weight, in the order of the packs
+    differentiable: bool
 
 
-def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
-    """A rewritten copy of gm, whose first inputs are the packs."""
+def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = False) -> Rewritten:
+    """A rewritten copy of gm, whose first inputs are the packs; `differentiable`: with a backward for x and the biases."""
     copy, env = _inductor.copy_graph(gm)
     graph = copy.graph
     first = next(iter(graph.nodes))
@@ -213,6 +214,7 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
     nodes: dict[int, PackNodes] = {}
     unique: list[Site] = []
     shared: Shared = {}
+    detached: dict[fx.Node, fx.Node] = {}
 
     def placeholder(value: torch.Tensor | None) -> fx.Node | None:
         if value is None:
@@ -236,7 +238,11 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
         with graph.inserting_before(node):
             if site.x.meta["example_value"].dtype != site.out_dtype:  # autocast
                 x = graph.call_method("to", (x, site.out_dtype))
-            y = PATTERNS[site.scheme.pattern](graph, x, nodes[id(packed)], bias, site.scheme, site.out_dtype, shared)
+            inputs = [backward.detach(graph, t, detached) for t in (x, bias)] if differentiable else [x, bias]
+            pattern, pack = PATTERNS[site.scheme.pattern], nodes[id(packed)]
+            y = pattern(graph, inputs[0], pack, inputs[1], site.scheme, site.out_dtype, shared)
+            if differentiable:
+                y = backward.attach(graph, y, (x, bias), pack)
         y.meta.update(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
@@ -247,4 +253,4 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
         graph.erase_node(env[weight])
     graph.lint()
     copy.recompile()
-    return Rewritten(copy, packs, consumed, unique)
+    return Rewritten(copy, packs, consumed, unique, differentiable)

@@ -113,7 +113,7 @@ class LookedUp:
         self.like = rewritten.sites
         self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
         self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
-        self.gm, self.patches = gm, patches
+        self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable
 
     def call(self, *args: Any) -> Any:
         weights = self.pick(args)
@@ -133,7 +133,7 @@ class LookedUp:
             group = _Group(weights, self.like, self.opts)
         except NonFinite as error:
             warn_once(f"a weight of shape {tuple(weights[0].shape)} holds {error}; its whole block stays in full precision.")
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.differentiable):
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone
