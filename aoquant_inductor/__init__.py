@@ -7,12 +7,14 @@ Importing this module imports no torch._inductor and touches no CUDA; the first 
 
 from __future__ import annotations
 
-from aoquant_inductor.api import plan, refresh, report
+from aoquant_inductor.api import load, plan, refresh, report, restore
 from aoquant_inductor.errors import (
     AoquantError,
+    CheckpointError,
     ConflictingSchemes,
     NothingQuantized,
     OptionError,
+    ReleasedWeights,
     UnknownScheme,
     UnmatchedPattern,
     UnsupportedLayers,
@@ -23,8 +25,9 @@ from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 
 __version__ = "0.1.0"
 __all__ = [
-    "SCHEMES", "AoquantError", "ConflictingSchemes", "NothingQuantized", "OptionError", "QuantSpec", "Scheme",
-    "UnknownScheme", "UnmatchedPattern", "UnsupportedLayers", "UnsupportedTorch", "plan", "refresh", "report",
+    "SCHEMES", "AoquantError", "CheckpointError", "ConflictingSchemes", "NothingQuantized", "OptionError", "QuantSpec",
+    "ReleasedWeights", "Scheme", "UnknownScheme", "UnmatchedPattern", "UnsupportedLayers", "UnsupportedTorch", "load", "plan",
+    "refresh", "report", "restore",
 ]
 
 register()

@@ -304,6 +304,19 @@ def debug_folder() -> Path | None:
     return folder
 
 
+def memory_is_shared(tensor: torch.Tensor) -> bool:
+    """Whether anything else holds this tensor's memory: an alias, a view, a storage object."""
+    (use_count,) = private("torch._C", "_storage_Use_Count")
+
+    def holders(t: torch.Tensor) -> tuple[int, int]:
+        storage = t.untyped_storage()
+        return use_count(storage._cdata), sys.getrefcount(storage)
+
+    # versions of torch differ in what a Python storage adds to the counts: compare with a tensor that is certainly alone
+    mine, alone = holders(tensor), holders(torch.empty(1))
+    return mine[0] > alone[0] or mine[1] > alone[1]
+
+
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
     """Tensors made here are ordinary ones whatever mode the user's call is in: they are updated in place later."""

@@ -1,11 +1,14 @@
-"""plan before, report and refresh after: what a user calls besides torch.compile."""
+"""What a user calls besides torch.compile: plan and load before it, report, refresh and restore after."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from aoquant_inductor.report import Report
@@ -40,6 +43,47 @@ def refresh(compiled: object) -> int:
         raise TypeError(f"refresh() wants what torch.compile returned, not {type(compiled).__name__}.")
     found = find_log(context)
     return 0 if found is None else STORE.update(list(dict.fromkeys(found.entries)), everything=True)
+
+
+def restore(model: nn.Module) -> int:
+    """Brings the released originals of `model` back; the number of weights that came back. Compiled graphs stay valid.
+
+    From the copy in host memory where "release_weights" was "cpu": then bit for bit. Otherwise what the pack dequantizes to,
+    with a UserWarning that says so. Raises TypeError for anything but a module.
+    """
+    from aoquant_inductor import release
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore() wants a module, not {type(model).__name__}.")
+    exact, dequantized = release.restore(model)
+    if dequantized:
+        warnings.warn(
+            f"aoquant: {dequantized} of {exact + dequantized} weights came back dequantized: what they were before packing is "
+            'gone. "release_weights": "cpu" keeps a copy in host memory.',
+            UserWarning,
+            stacklevel=2,
+        )
+    return exact + dequantized
+
+
+def load(
+    model: nn.Module, files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), *,
+    device: str | torch.device, options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Puts `model` onto `device` layer by layer, each linear packed as it comes: its full-precision weights are never there
+    together. The road to a device that the model does not fit on; compile with the same options afterwards.
+
+    model: on the CPU, or on the meta device with `files`, safetensors that hold every parameter under its state_dict name
+    (HF's checkpoints do). Linears with a scheme keep their pack alone, as under "release_weights"; all else, and what
+    "release_weights" would keep, arrives as it is. Peak on the device: what is there so far + 2x the layer that comes.
+
+    Raises CheckpointError, before anything is moved, for a file that is no whole safetensors file, a tensor that is missing
+    or has another shape, or a buffer that no file holds; and what parse and plan raise for options. Nothing of a file is ever
+    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums.
+    """
+    from aoquant_inductor import loading
+
+    return loading.load(model, [files] if isinstance(files, str | os.PathLike) else list(files), torch.device(device), options)
 
 
 def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Report:

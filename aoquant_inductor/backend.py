@@ -12,14 +12,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, lowering, progress, ranges, rewrite
+from aoquant_inductor import _inductor, lowering, progress, ranges, release, rewrite
 from aoquant_inductor import options as options_module
-from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
+from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
 from aoquant_inductor.options import Options
 from aoquant_inductor.report import Layer, Log, Report, log_of
 from aoquant_inductor.rewrite import Names, Site
@@ -46,7 +47,7 @@ def _pipeline(
 ) -> Compiled:
     opts = options_module.parse(options, mode)
     if opts.release_weights:
-        raise OptionError('"release_weights": true is not available yet: the original weights stay in memory.')
+        release.require()
     frame = _inductor.frame()
     names = Names(frame.root)
     sites = rewrite.find(gm, example_inputs, names, opts)
@@ -59,17 +60,25 @@ def _pipeline(
     started = time.perf_counter()
     if any(site.scheme for site in sites):
         _inductor.guard_training(frame.local_self)
-    if (reason := _needs_grad(gm, example_inputs, frame.root)) and any(site.scheme for site in sites):
-        warn_once(f"{reason}: compiling in full precision. Quantized graphs are for inference.")
-        for site in sites:
+    differentiable = _needs_grad(gm, example_inputs, frame.root)
+    for site in sites:
+        if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")
-    rewrite.pack(progress.bar(sites))
+            warn_once(f"{differentiable}: linears that train stay in full precision, frozen ones are quantized.")
+    later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
+    for site in progress.bar(sites):
+        rewrite.pack(site)
+        if opts.release_weights and not later:
+            _release(site, names, opts)
     journal.pack_seconds += time.perf_counter() - started
     _check_unsupported(opts, [*(site.layer for site in sites), *others])
+    for site in sites if opts.release_weights and later else ():
+        _release(site, names, opts)
+    release.check(gm, example_inputs, [site.node for site in sites if site.packed is not None])
     if not any(site.packed for site in sites):
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
     else:
-        with torch.no_grad(), lowering.recording() as kernels:
+        with torch.set_grad_enabled(differentiable is not None), lowering.recording() as kernels:
             compiled = _compile(gm, example_inputs, sites, opts, patches, frame, journal)
         for site in sites:
             site.name_kernel(kernels)
@@ -86,19 +95,18 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site], opts: Options, patches: Mapping[str, Any],
     frame: _inductor.Frame, journal: Log,
 ) -> Compiled:
-    rewritten = rewrite.apply(gm, sites)
+    rewritten = rewrite.apply(gm, sites, torch.is_grad_enabled())
     note = journal.kernel_notes([(site.layer, site.packed.key) for site in sites if site.packed is not None])
     identity = tuple(id(site.value) for site in rewritten.sites)
     seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))
     place = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}
     kept = [i for p, i in place.items() if p not in rewritten.consumed]
     rest = [inputs[i] for i in kept]
-    checked = opts.weights == "checked"
     if not seen.constant(identity):
         function = ranges.compile_graph(rewritten, rest, patches, False, note)
         weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]
-        return LookedUp(plain, function, rewritten, weights, kept, checked, patches).call
+        return LookedUp(plain, function, rewritten, weights, kept, opts, patches).call
     function = ranges.compile_graph(rewritten, rest, patches, True, note)
     _inductor.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
     # Dynamo writes the call's bytecode after this, from the placeholders of a graph that never runs: what is gone from it is
@@ -109,7 +117,14 @@ def _compile(
     for weight in rewritten.consumed:
         gm.graph.erase_node(weight)
     gm.recompile()
-    return constant(function, rewritten, checked)
+    return constant(function, rewritten, opts.weights == "checked")
+
+
+def _release(site: Site, names: Names, opts: Options) -> None:
+    if site.entry is not None:
+        name, to_cpu = site.layer.name, opts.release_weights == "cpu"
+        original = release.original(site.entry, name, names, to_cpu, site.read_elsewhere)
+        site.layer = replace(site.layer, original=original)
 
 
 def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:

@@ -87,6 +87,31 @@ class ConflictingSchemes(AoquantError, ValueError):
         return f"one tied weight, two schemes: {one}, {two}. Give both names the same scheme."
 
 
+class ReleasedWeights(AoquantError, RuntimeError):
+    """The original of a packed weight is wanted, and its memory was given back; `name` is its linear."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f'the original weight of "{self.name}" was released after packing ("release_weights" or load): only compiled '
+            "quantized graphs can use it. aoquant_inductor.restore(model) brings it back."
+        )
+
+
+class CheckpointError(AoquantError, ValueError):
+    """A file that cannot be loaded, or does not hold what the model needs."""
+
+    def __init__(self, file: str, why: str) -> None:
+        super().__init__(file, why)
+        self.file, self.why = file, why
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.why}"
+
+
 class UnsupportedTorch(AoquantError, ImportError):
     """The installed torch is not one aoquant runs on."""
 

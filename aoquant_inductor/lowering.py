@@ -67,6 +67,11 @@ def _linear_dynamic(
     return _lower(Problem.of(x_q, x_scale, x_zero, w, scale, zero, sums, bias, key[:-1], key[-1]))
 
 
+def _linear_grad(grad: Any, w: Any, scale: Any, zero: Any, *key: Any) -> Any:
+    problem = Problem.of(grad, None, None, w, scale, zero, None, None, key, grad.get_dtype())
+    return ir.view(portable.grad(problem), [*problem.leading, problem.k])
+
+
 @functools.cache
 def install() -> None:
     """Registers every lowering, once, at the first compile."""
@@ -74,3 +79,4 @@ def install() -> None:
     assert ns.linear_wo.default._schema.name.startswith(ops.NAMESPACE)
     ir.register_lowering(ns.linear_wo.default, _linear_wo)
     ir.register_lowering(ns.linear_dynamic.default, _linear_dynamic)
+    ir.register_lowering(ns.linear_grad.default, _linear_grad)

@@ -114,3 +114,10 @@ def linear(p: Problem) -> tuple[str, Any]:
     if p.dynamic:
         return _dynamic(p)
     return "portable: dequantize + mm", _add_bias(_matmul(p.x, _dense(p, p.out_dtype), p, p.out_dtype), p)
+
+
+def grad(p: Problem) -> Any:
+    """grad_x[M, K] = grad[M, N] . dequantize(w): the weight is dense for the time of one matmul."""
+    if p.layout != "plain" or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
+        return ir.fallback(torch.ops.aoquant.linear_grad.default, p.x, p.w, p.scale, p.zero, *p.key)
+    return ir.aten(aten.mm.default, p.x, ir.realize(_dense(p, p.out_dtype)))

@@ -1,7 +1,7 @@
 """csrc/watch.cpp, built in the background by the machine's own compiler at the first compile and cached beside Inductor's code.
 
-Until it is there, and where there is no compiler or no Python headers, the check in weights.py runs in Python instead: the
-same answer, 20 times slower. `state()` is in the report.
+Until it is there, and where there is no compiler or no Python headers, the check in watch.py runs in Python instead: the
+same answer, 20 times slower. `state()` is in the report. Letting originals go has no other way: `module()` waits for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("aoquant_inductor")
 SOURCE = Path(__file__).parent / "csrc" / "watch.cpp"
 NAME = "aoquant_watch"
 
-_built: list[Any] = []  # the Watch type, once it is there
+_built: list[Any] = []  # the extension module, once it is there
 _failed: list[str] = []
 
 
@@ -40,7 +40,15 @@ def state() -> str:
 
 
 def watch_type() -> Any | None:
-    return _built[0] if _built else None
+    return _built[0].Watch if _built else None
+
+
+def module(ready: Callable[[], None]) -> Any:
+    """The extension module; waits until it is built (seconds, once per machine). Raises RuntimeError where it cannot be."""
+    start(ready).join()
+    if not _built:
+        raise RuntimeError(_failed[0])
+    return _built[0]
 
 
 def _target() -> Path:
@@ -73,9 +81,9 @@ def _load(target: Path) -> Any:
     spec = importlib.util.spec_from_file_location(NAME, str(target), loader=loader)
     if spec is None:
         raise ImportError(str(target))
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module.Watch
+    built = importlib.util.module_from_spec(spec)
+    loader.exec_module(built)
+    return built
 
 
 def _build(ready: Callable[[], None]) -> None:

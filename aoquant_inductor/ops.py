@@ -24,6 +24,7 @@ def _define(name: str, schema: str) -> None:
 _define("quantize_per_token", "(Tensor x) -> (Tensor, Tensor)")
 _define("quantize_per_token_asym", "(Tensor x) -> (Tensor, Tensor, Tensor)")
 _define("linear_wo", f"(Tensor x, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? bias, {_WEIGHT}) -> Tensor")
+_define("linear_grad", f"(Tensor grad, Tensor w, Tensor w_scale, Tensor? w_zero, {_WEIGHT}) -> Tensor")
 _define(
     "linear_dynamic",
     "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? w_sums, "
@@ -37,14 +38,34 @@ def _unpacked(
     return packing.unpack(w, k, n, w_dtype, layout), w_scale[:, :n], None if w_zero is None else w_zero[:, :n]
 
 
+def dequantize(
+    w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str, dtype: torch.dtype,
+) -> torch.Tensor:
+    """(w packed, w_scale[G, N], w_zero[G, N]) -> w[N, K] in `dtype`; fp32 arithmetic."""
+    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
+    return qparams.dequantize(q, scale, zero, group_size or None, zero_point).to(dtype)
+
+
 def linear_wo(
     x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, bias: torch.Tensor | None,
     in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
 ) -> torch.Tensor:
     """(x[..., K] floating, w packed, w_scale[G, N], w_zero[G, N], bias[N]) -> y[..., N] in x's dtype; fp32 accumulation."""
-    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
-    dense = qparams.dequantize(q, scale, zero, group_size or None, zero_point)
+    spec = (in_features, out_features, w_dtype, group_size, zero_point, layout)
+    dense = dequantize(w, w_scale, w_zero, *spec, torch.float32)
     return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
+
+
+def linear_grad(
+    grad: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
+) -> torch.Tensor:
+    """(grad[..., N] floating, w packed, w_scale[G, N], w_zero[G, N]) -> grad_x[..., K] = grad . dequantize(w), in grad's dtype.
+
+    One op, not a dequantization and a matmul: what does not depend on grad would be moved into the forward and saved, dense.
+    """
+    return grad @ dequantize(w, w_scale, w_zero, in_features, out_features, w_dtype, group_size, zero_point, layout, grad.dtype)
 
 
 def linear_dynamic(
@@ -88,7 +109,14 @@ def linear_dynamic(
 _lib.impl("quantize_per_token", qparams.quantize_per_token, "CompositeImplicitAutograd")
 _lib.impl("quantize_per_token_asym", qparams.quantize_per_token_asym, "CompositeImplicitAutograd")
 _lib.impl("linear_wo", linear_wo, "CompositeExplicitAutograd")
+_lib.impl("linear_grad", linear_grad, "CompositeExplicitAutograd")
 _lib.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_grad", lib=_lib)
+def _(grad: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None,
+      in_features: int, *spec: object) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_wo", lib=_lib)

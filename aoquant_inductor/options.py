@@ -45,7 +45,7 @@ class Options(BaseModel, frozen=True, extra="forbid", strict=True):
     on_unmatched: Literal["error", "warn"] = "error"
     on_unsupported: Literal["report", "error"] = "report"
     weights: Literal["checked", "frozen"] = "checked"
-    release_weights: bool = False
+    release_weights: bool | Literal["cpu"] = False
     mode: str | None = None
     # JSON text, not a dict: a dict would make the options mutable and unhashable.
     inductor_json: str = "{}"
@@ -185,7 +185,14 @@ def _check_json(value: object, path: str) -> None:
 def _option_error(error: ValidationError) -> OptionError:
     first = error.errors()[0]
     key = str(first["loc"][0])
-    return bad_value(key, first["input"], get_args(Options.model_fields[key].annotation) or (True, False))
+    return bad_value(key, first["input"], _values(Options.model_fields[key].annotation))
+
+
+def _values(annotation: Any) -> tuple[object, ...]:
+    """What an annotation of literals and bools allows."""
+    if annotation is bool:
+        return (True, False)
+    return tuple(value for one in get_args(annotation) for value in (_values(one) or (one,)))
 
 
 def _check_pattern(key: str) -> None:

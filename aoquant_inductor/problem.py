@@ -15,7 +15,10 @@ from aoquant_inductor.scheme import DTYPES
 
 @dataclass(frozen=True)
 class Problem:
-    """x[M, K] (int8 with x_scale[M, 1], x_zero[M, 1] when dynamic), the packed weight, bias[N] -> y[M, N] in out_dtype."""
+    """x[M, K] (int8 with x_scale[M, 1], x_zero[M, 1] when dynamic), the packed weight, bias[N] -> y[M, N] in out_dtype.
+
+    Of a backward x is grad[M, N], and the result grad_x[M, K].
+    """
 
     x: Any
     x_scale: Any
@@ -37,10 +40,10 @@ class Problem:
         key: Sequence[Any], out_dtype: torch.dtype,
     ) -> Problem:
         leading = tuple(x.get_size()[:-1])
-        m, k = ir.product(leading), key[0]
+        m = ir.product(leading)
         rows = lambda t: None if t is None else ir.view(t, [m, 1])  # noqa: E731
         return cls(
-            ir.view(x, [m, k]), rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
+            ir.view(x, [m, x.get_size()[-1]]), rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
             leading, m, x.get_device(),
         )
 

@@ -34,6 +34,9 @@ def compile_graph(
 ) -> Compiled:
     """Inductor over rewritten.gm(*packs, *inputs), for any M. `note` is told the kernels of the graphs that are made later."""
     gm, packs = rewritten.gm, rewritten.packs  # not the sites: they hold the weights
+    if rewritten.differentiable:
+        # One graph for every M, since its backward is one. Both halves read the packs: inputs, not constants of one of them.
+        return _inductor.compile_graph(gm, inputs, patches, packs)
 
     def build(values: Sequence[Any], within: ir.Range | None) -> Compiled:
         with torch.no_grad(), ir.rows_within(within):

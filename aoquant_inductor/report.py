@@ -22,11 +22,15 @@ log = logging.getLogger("aoquant_inductor")
 VERSION = 1
 
 QUANTIZED, SKIPPED = "quantized", "skipped"
+KEPT, RELEASED = "kept", "released"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear. bytes_before / bytes_after of its weight; sqnr_db of the quantized weight; reason: why it was skipped."""
+    """One linear. bytes_before / bytes_after of its weight; sqnr_db of the quantized weight; reason: why it was skipped.
+
+    original: what became of a packed weight's own memory under "release_weights": `released`, or `kept: ` and why.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -40,6 +44,13 @@ class Layer:
     bytes_after: int = 0
     sqnr_db: float | None = None
     kernel: str | None = None
+    original: str = KEPT
+
+    @property
+    def bytes_resident(self) -> int:
+        """What the layer's weight takes: its pack, and the original unless that was released."""
+        both = self.status == QUANTIZED and self.original != RELEASED
+        return self.bytes_after + (self.bytes_before if both else 0)
 
 
 def _size(n: int) -> str:
@@ -48,6 +59,12 @@ def _size(n: int) -> str:
             return f"{n:.{digits}f} {unit}"
         n /= 1000  # type: ignore[assignment]
     raise AssertionError
+
+
+def _status(layer: Layer) -> str:
+    if layer.reason is not None:
+        return f"{layer.status}: {layer.reason}"
+    return f"{layer.status}, original released" if layer.original == RELEASED else layer.status
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,7 @@ class Report:
             "reasons": dict(Counter(str(layer.reason) for layer in self.layers if layer.status == SKIPPED)),
             "bytes_before": before,
             "bytes_after": sum(layer.bytes_after for layer in self.layers),
+            "bytes_resident": sum(layer.bytes_resident for layer in self.layers),
             **self.extra,
         }
 
@@ -98,7 +116,7 @@ class Report:
         rows = [head] + [
             (
                 layer.name, "x".join(map(str, layer.shape)), layer.scheme or "-", layer.matched_by or "-",
-                layer.status if layer.reason is None else f"{layer.status}: {layer.reason}",
+                _status(layer),
                 f"{_size(layer.bytes_before)} -> {_size(layer.bytes_after)}",
                 "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}", layer.kernel or "-",
             )
@@ -107,6 +125,7 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         details = [f"{layer.name} {layer.detail}" for layer in self.layers if layer.detail]
+        details += [f"{layer.name} {layer.original}" for layer in self.layers if layer.original not in (KEPT, RELEASED)]
         return "\n".join([*lines, *details, self.summary()])
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, packing, qparams
+from aoquant_inductor import _inductor, backward, packing, qparams
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed, WeightKey
 from aoquant_inductor.patterns import PATTERNS
@@ -31,12 +31,14 @@ class Names:
         self.linears: list[str] = []
         self._names: dict[int, list[str]] = {}
         self._aliases: dict[int, list[str]] = {}
+        self._owners: dict[int, list[nn.Module]] = {}
         for prefix, module in root.named_modules(remove_duplicate=False) if root is not None else ():
             prefix = prefix.replace("_orig_mod.", "")
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 full = f"{prefix}.{key}" if prefix else key
+                self._owners.setdefault(id(parameter), []).append(module)
                 if isinstance(module, nn.Linear) and key == "weight":
                     name = prefix or key
                     self.linears.append(name)
@@ -54,6 +56,20 @@ class Names:
     def known(self, weight: torch.Tensor) -> str | None:
         """The first name of a weight, if the module has it."""
         return next(iter(self._names.get(id(weight)) or self._aliases.get(id(weight)) or ()), None)
+
+    def owners(self, weight: torch.Tensor) -> list[nn.Module]:
+        """The modules that a weight is a parameter of."""
+        return self._owners.get(id(weight), [])
+
+    def follow(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """`new` was put into all places of `old`."""
+        for known in (self._names, self._aliases, self._owners):
+            if id(old) in known:
+                known[id(new)] = known.pop(id(old))  # type: ignore[assignment]
+
+    def elsewhere(self, weight: torch.Tensor) -> str | None:
+        """A name that a weight has outside of nn.Linear."""
+        return next(iter(self._aliases.get(id(weight), ())), None)
 
     def aliases(self, weight: torch.Tensor) -> tuple[str, ...]:
         return (*self._names.get(id(weight), [])[1:], *self._aliases.get(id(weight), []))
@@ -125,6 +141,7 @@ class Site:
     layer: Layer
     scheme: Scheme | None
     out_dtype: torch.dtype
+    read_elsewhere: bool = False  # the weight, by something in the graph that is no linear
     entry: Entry | None = None
     packed: Packed | None = None
 
@@ -154,22 +171,26 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
+    linears = {site.node for site in sites}
+    for site in sites:
+        site.read_elsewhere = not linears.issuperset(site.weight.users)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     return sorted(sites, key=lambda site: order[site.node])
 
 
-def pack(sites: Iterable[Site]) -> None:
-    """Packs of every site with a scheme; a non-finite weight stays as it is, with its reason."""
-    for site in sites:
-        if site.scheme is None:
-            continue
-        layout = packing.choose(site.scheme, site.value.device, site.out_dtype)
-        try:
-            site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, layout)
-        except qparams.NonFinite as error:
-            kept = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(site.value.dtype).removeprefix("torch.")]
-            site.skip("non_finite", f"holds {error}; it stays in {kept}.")
-            continue
+def pack(site: Site) -> None:
+    """The pack of a site with a scheme; a weight that is not finite or finds no memory stays as it is, with its reason."""
+    if site.scheme is None:
+        return
+    layout = packing.choose(site.scheme, site.value.device, site.out_dtype)
+    kept = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[site.value.dtype]
+    try:
+        site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, layout)
+    except qparams.NonFinite as error:
+        site.skip("non_finite", f"holds {error}; it stays in {kept}.")
+    except torch.OutOfMemoryError:
+        site.skip("out_of_memory", f"could not be packed in the memory that is free; it stays in {kept}.")
+    else:
         site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes)
 
 
@@ -181,10 +202,11 @@ class Rewritten:
     packs: list[torch.Tensor]
     consumed: list[fx.Node]
     sites: list[Site]  # one per packed weight, in the order of the packs
+    differentiable: bool
 
 
-def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
-    """A rewritten copy of gm, whose first inputs are the packs."""
+def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = False) -> Rewritten:
+    """A rewritten copy of gm, whose first inputs are the packs; `differentiable`: with a backward for x and the biases."""
     copy, env = _inductor.copy_graph(gm)
     graph = copy.graph
     first = next(iter(graph.nodes))
@@ -192,6 +214,7 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
     nodes: dict[int, PackNodes] = {}
     unique: list[Site] = []
     shared: Shared = {}
+    detached: dict[fx.Node, fx.Node] = {}
 
     def placeholder(value: torch.Tensor | None) -> fx.Node | None:
         if value is None:
@@ -215,7 +238,11 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
         with graph.inserting_before(node):
             if site.x.meta["example_value"].dtype != site.out_dtype:  # autocast
                 x = graph.call_method("to", (x, site.out_dtype))
-            y = PATTERNS[site.scheme.pattern](graph, x, nodes[id(packed)], bias, site.scheme, site.out_dtype, shared)
+            inputs = [backward.detach(graph, t, detached) for t in (x, bias)] if differentiable else [x, bias]
+            pattern, pack = PATTERNS[site.scheme.pattern], nodes[id(packed)]
+            y = pattern(graph, inputs[0], pack, inputs[1], site.scheme, site.out_dtype, shared)
+            if differentiable:
+                y = backward.attach(graph, y, (x, bias), pack)
         y.meta.update(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
@@ -226,4 +253,4 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site]) -> Rewritten:
         graph.erase_node(env[weight])
     graph.lint()
     copy.recompile()
-    return Rewritten(copy, packs, consumed, unique)
+    return Rewritten(copy, packs, consumed, unique, differentiable)

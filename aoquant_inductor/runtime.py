@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from aoquant_inductor import _inductor
+from aoquant_inductor import _inductor, release
+from aoquant_inductor.options import Options
 from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.report import Report, log_of
 from aoquant_inductor.rewrite import Names, Rewritten, Site
-from aoquant_inductor.weights import STORE, Entry, Watch
+from aoquant_inductor.watch import Watch
+from aoquant_inductor.weights import STORE, Entry
 
 Compiled = Callable[..., Any]
 MAX_CONSTANT_GRAPHS = 4
@@ -73,7 +75,7 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compile
 class _Group:
     """The packs of one set of weights, one block of many; in the report of the compiled object that called with them."""
 
-    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Site]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Site], opts: Options) -> None:
         self.packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
         context, root = _inductor.calling()
@@ -86,7 +88,11 @@ class _Group:
             self.packs += packed.tensors
             self.entries.append(entry)
             name = names.known(weight) or site.layer.name
-            layers.append(replace(site.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr))
+            layer = replace(site.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr)
+            if opts.release_weights:
+                to_cpu = opts.release_weights == "cpu"
+                layer = replace(layer, original=release.original(entry, name, names, to_cpu, site.read_elsewhere))
+            layers.append(layer)
         self.watch = Watch(self.entries)
         if context is not None:
             journal = log_of(context)
@@ -99,15 +105,15 @@ class LookedUp:
 
     def __init__(
         self, gm: fx.GraphModule, function: Compiled, rewritten: Rewritten, weights: list[int], kept: list[int],
-        checked: bool, patches: Mapping[str, Any],
+        opts: Options, patches: Mapping[str, Any],
     ) -> None:
         """gm: the graph before the rewrite; weights, kept: which of its arguments are looked up, and which are passed on."""
         self.pick = _picker(weights)
         self.keep = _picker(kept)
         self.like = rewritten.sites
-        self.function, self.checked = function, checked
+        self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
         self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
-        self.gm, self.patches = gm, patches
+        self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable
 
     def call(self, *args: Any) -> Any:
         weights = self.pick(args)
@@ -124,10 +130,10 @@ class LookedUp:
         key = tuple(map(id, weights))
         group: _Group | Compiled
         try:
-            group = _Group(weights, self.like)
+            group = _Group(weights, self.like, self.opts)
         except NonFinite as error:
             warn_once(f"a weight of shape {tuple(weights[0].shape)} holds {error}; its whole block stays in full precision.")
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.differentiable):
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone

@@ -4,6 +4,9 @@ A Parameter is the key. The store holds it weakly: when it dies its packs go too
 changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the data pointer
 (`.data =`); writes that PyTorch does not count (`p.data.fill_`, numpy views, fused optimizers) are seen by nobody: `refresh`
 repairs them.
+
+The original may be let go: the Parameter stays, its memory does not (pointer 0), and whatever reads it raises ReleasedWeights'
+text. New data (`.data =`) is packed at the next call and let go again; `bring_back` ends that.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from aoquant_inductor import native, packing, qparams
-from aoquant_inductor._inductor import plain_tensors
+from aoquant_inductor import native, ops, packing, qparams
+from aoquant_inductor._inductor import memory_is_shared, plain_tensors
+from aoquant_inductor.errors import ReleasedWeights
 from aoquant_inductor.packing import Packed
 from aoquant_inductor.scheme import Scheme
 
@@ -26,7 +31,11 @@ UNTRACKED = -1  # an inference tensor counts no versions
 
 
 def _stamp(weight: torch.Tensor) -> tuple[int, int]:
-    return UNTRACKED if weight.is_inference() else weight._version, weight.data_ptr()
+    try:
+        pointer = weight.data_ptr()
+    except RuntimeError:  # it was let go
+        pointer = 0
+    return UNTRACKED if weight.is_inference() else weight._version, pointer
 
 
 def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
@@ -36,24 +45,50 @@ def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Pack
         return packing.pack(quantized, scheme, layout), quantized.sqnr_db()
 
 
+@dataclass(frozen=True)
+class Release:
+    """That an original goes once it is packed: `name` for the error of later uses, `to_cpu` keeps a copy in host memory."""
+
+    name: str
+    to_cpu: bool
+
+
 class Entry:
     """One weight: its packs, and the state of the weight they were made from."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         key, drop = id(weight), STORE.drop  # bound: at interpreter exit the global is gone before the last weight
-        self.ref = weakref.ref(weight, lambda _: drop(key))
+        self.ref = weakref.ref(weight, lambda ref: drop(key, ref))
         self.version, self.pointer = _stamp(weight)
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         self.repacks = 0
+        self.release: Release | None = None
+        self.copy: torch.Tensor | None = None  # of a released weight, if its user wanted one
+
+    @property
+    def released(self) -> bool:
+        """Whether the packs are all that is left."""
+        weight = self.ref()
+        return self.release is not None and weight is not None and _stamp(weight)[1] == 0 and weight.numel() > 0
 
     def stale(self) -> bool:
         weight = self.ref()
-        return weight is not None and _stamp(weight) != (self.version, self.pointer)
+        if weight is None or _stamp(weight) == (self.version, self.pointer):
+            return False
+        if self.released:  # a write that failed counts as a version, too
+            self._accept(weight)
+            return False
+        return True
+
+    def _accept(self, weight: torch.Tensor) -> None:
+        """The packs are of the weight as it is now."""
+        self.version, self.pointer = _stamp(weight)
+        STORE.turn()
 
     def repack(self) -> None:
         """New values into the same storage. Raises qparams.NonFinite, and then keeps the old values and the old stamp."""
         weight = self.ref()
-        if weight is None:
+        if weight is None or self.released:
             return
         stamp = _stamp(weight)
         fresh = {key: pack_weight(weight, *key) for key in self.packs}
@@ -63,7 +98,42 @@ class Entry:
                 self.packs[key] = (self.packs[key][0], sqnr)
         self.version, self.pointer = stamp
         self.repacks += 1
-        STORE.generation += 1
+        STORE.turn()
+        if self.release is not None:
+            self.let_go(self.release)
+
+    def let_go(self, release: Release) -> bool:
+        """Frees the memory of the packed weight; False, and nothing happens, where another tensor shares it.
+
+        Raises RuntimeError where there is no compiler: only C++ can make a later use an error instead of a crash.
+        """
+        weight = self.ref()
+        if weight is None or self.released:
+            return True
+        free = native.module(STORE.turn).let_go
+        if memory_is_shared(weight):
+            return False
+        with plain_tensors():
+            self.copy = weight.detach().to("cpu", copy=True) if release.to_cpu else None
+        free(weight, str(ReleasedWeights(release.name)))
+        self.release = release
+        self._accept(weight)
+        return True
+
+    def bring_back(self) -> bool:
+        """Gives a released weight its data again: True, its own, from the copy; False, what its best pack dequantizes to."""
+        weight, exact = self.ref(), self.copy is not None
+        if weight is None or not self.released:
+            return True
+        with plain_tensors():
+            if self.copy is not None:
+                weight.data = self.copy.to(weight.device)
+            else:
+                packed, _ = max(self.packs.values(), key=lambda pack: pack[1])
+                weight.data = ops.dequantize(packed.w, packed.scale, packed.zero, *packed.key, weight.dtype)
+        self.release = self.copy = None
+        self._accept(weight)
+        return exact
 
 
 class Store:
@@ -73,36 +143,54 @@ class Store:
         self._entries: dict[int, Entry] = {}
         self._lock = threading.RLock()
         self.packed = 0  # how often a weight was packed from scratch
-        self.generation = 0  # how often any stamp changed
+        self.generation = 0  # how often any stamp changed, or the check got faster
 
-    def drop(self, key: int) -> None:
-        self._entries.pop(key, None)
+    def turn(self) -> None:
+        """Something changed that every Watch has to look at again."""
+        self.generation += 1
+
+    def drop(self, key: int, ref: weakref.ref[torch.Tensor]) -> None:
+        found = self._entries.get(key)
+        if found is not None and found.ref is ref:  # else the id is in use again
+            del self._entries[key]
+
+    def find(self, weight: torch.Tensor) -> Entry | None:
+        """The entry of a weight, if it was packed."""
+        found = self._entries.get(id(weight))
+        return found if found is not None and found.ref() is weight else None
 
     def entry(self, weight: torch.Tensor) -> Entry:
         with self._lock:
-            found = self._entries.get(id(weight))
-            if found is None or found.ref() is not weight:  # an id may be reused before the callback ran
+            found = self.find(weight)
+            if found is None:
                 found = self._entries[id(weight)] = Entry(weight)
             return found
 
     def pack(self, weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Entry, Packed, float]:
-        """The shared pack of a weight, made now if there is none, brought up to date if it is stale."""
+        """The shared pack of a weight, made now if there is none, brought up to date if it is stale.
+
+        Raises qparams.NonFinite, torch.OutOfMemoryError (and then nothing is kept of the attempt), and ReleasedWeights where
+        another pack is wanted than those of a weight that was let go.
+        """
         with self._lock:
             entry = self.entry(weight)
             if entry.packs and entry.stale():
                 entry.repack()
             key = (scheme, layout)
             if key not in entry.packs:
-                entry.version, entry.pointer = _stamp(weight)
-                self.generation += 1
+                if entry.release is not None and entry.released:
+                    raise ReleasedWeights(entry.release.name)
+                stamp = _stamp(weight)
                 entry.packs[key] = pack_weight(weight, scheme, layout)
+                entry.version, entry.pointer = stamp
+                self.turn()
                 self.packed += 1
             return (entry, *entry.packs[key])
 
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
         """Repack what is stale (or all of it) in place; the number of weights repacked."""
         with self._lock:
-            todo = [e for e in entries if everything or e.stale()]
+            todo = [e for e in entries if (everything and not e.released) or e.stale()]
             for entry in todo:
                 entry.repack()
             return len(todo)
@@ -112,60 +200,3 @@ class Store:
 
 
 STORE = Store()
-
-
-def _new_generation() -> None:
-    STORE.generation += 1
-
-
-def settle() -> str:
-    """Waits for the C++ check to be built; returns what the check runs in. For benchmarks: a user's call never waits."""
-    native.start(_new_generation).join()
-    return native.state()
-
-
-class Watch:
-    """The weights of one graph as they were when its packs were made; asked at every call of a checked graph.
-
-    In C++ once that is built (native.py), until then in list comprehensions.
-    """
-
-    __slots__ = ("entries", "generation", "native", "pointers", "refs", "tracked", "versions")
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = entries = tuple(dict.fromkeys(entries))
-        self.refs = tuple(entry.ref for entry in entries)
-        native.start(_new_generation)
-        self._sync()
-
-    def _sync(self) -> None:
-        self.generation = STORE.generation
-        tracked = [entry for entry in self.entries if entry.version != UNTRACKED]
-        self.tracked = [entry.ref for entry in tracked]
-        self.versions = [entry.version for entry in tracked]
-        self.pointers = [entry.pointer for entry in self.entries]
-        kind = native.watch_type()
-        self.native = kind and kind(self.refs, [entry.version for entry in self.entries], self.pointers)
-
-    def stale(self) -> bool:
-        """Whether a weight changed since it was packed; never true of a weight that is gone."""
-        if self.generation != STORE.generation:
-            # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged.
-            self._sync()
-        if self.native is not None:
-            return self.native() and self._confirmed()
-        try:
-            return (
-                [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
-                or [ref().data_ptr() for ref in self.refs] != self.pointers  # type: ignore[union-attr]
-            )
-        except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
-            return self._confirmed()
-
-    def _confirmed(self) -> bool:
-        return any(entry.stale() for entry in self.entries)
-
-    def update(self) -> None:
-        """Repack in place what changed, and remember the weights as they are now."""
-        STORE.update(self.entries)
-        self._sync()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aoquant_inductor import weights
+from aoquant_inductor import watch, weights
 from benchmarks import build, cli, measure
 from benchmarks.measure import Row
 
@@ -65,11 +65,11 @@ def _cpu_clock() -> Callable[..., measure.Times]:
 def staleness(reps: int) -> Row:
     """What a checked graph of WEIGHTS unchanged weights asks at every call."""
     parameters = [nn.Parameter(torch.zeros(8, 8), requires_grad=False) for _ in range(WEIGHTS)]
-    watch = weights.Watch([weights.Entry(p) for p in parameters])
-    if watch.stale():
+    check = watch.Watch([weights.Entry(p) for p in parameters])
+    if check.stale():
         raise AssertionError("fresh weights are stale")
     clock = _cpu_clock()
-    times = clock({"check": watch.stale}, 100, reps)
+    times = clock({"check": check.stale}, 100, reps)
     return measure.row(BENCH, f"{WEIGHTS} weights", 1, "any", "", "stale_check", times["check"])
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=60, schemes=("int8wo",))
     p.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
     args = cli.parse(p, argv)
-    weights.settle()
+    watch.settle()
     rows: list[Row] = []
     written: list[dict[str, Any]] = []
     refused: list[str] = []

@@ -1,21 +1,24 @@
-"""Quantized graphs are for inference: what needs a gradient runs in full precision, and says so once."""
+"""Gradients: what trains stays in full precision and says so once; through a frozen packed weight they are its own."""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from util import Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
+from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, dequantized, run, sqnr_db, tokens
 
 import aoquant_inductor
+from aoquant_inductor import packing_cpu
+from aoquant_inductor.scheme import resolve
+from aoquant_inductor.weights import STORE
 
-ACTIVATION = "aoquant: an activation requires grad: compiling in full precision. Quantized graphs are for inference."
-TRAINING = (
-    "aoquant: the model is in training mode with grad enabled: compiling in full precision. "
-    "Quantized graphs are for inference."
-)
+STAY = "linears that train stay in full precision, frozen ones are quantized."
+ACTIVATION = f"aoquant: an activation requires grad: {STAY}"
+TRAINING = f"aoquant: the model is in training mode with grad enabled: {STAY}"
 
 
 def ours(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -96,40 +99,159 @@ def test_a_training_step_compiled_as_a_function() -> None:
 
 
 class LoRA(nn.Module):
-    def __init__(self) -> None:
+    """A frozen base with an adapter beside it, twice, so that gradients must pass through a packed weight."""
+
+    def __init__(self, d: int = 64, dtype: torch.dtype = FP32) -> None:
         super().__init__()
-        self.base = block()
-        self.down, self.up = nn.Linear(32, 4, False, dtype=torch.bfloat16), nn.Linear(4, 32, False, dtype=torch.bfloat16)
+        self.base = nn.ModuleList(nn.Linear(d, d, dtype=dtype) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(d, 4, False, dtype=dtype) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(4, d, False, dtype=dtype) for _ in range(2))
+        for base in self.base:
+            base.weight.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.up(self.down(x))
+        for base, down, up in zip(self.base, self.down, self.up, strict=True):
+            x = (base(x) + up(down(x))).relu()
+        return x
 
 
-def test_frozen_beside_trainable_falls_back_and_all_frozen_does_not() -> None:
-    model, x = LoRA().eval(), tokens()
-    model.base.requires_grad_(False)
+def with_dequantized_base(model: LoRA, scheme: str) -> LoRA:
+    twin = copy.deepcopy(model)
+    for base in twin.base:
+        base.weight.data = dequantized(base.weight, resolve(scheme)).to(base.weight.dtype)
+    return twin
+
+
+def train(function: Callable[..., torch.Tensor], model: LoRA, x: torch.Tensor, steps: int = 3) -> list[torch.Tensor]:
+    """The gradients of the first step, then the trained parameters of the last."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    first: list[torch.Tensor] = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        function(x).float().square().mean().backward()
+        first = first or [p.grad.clone() for p in trained if p.grad is not None]
+        optimizer.step()
+    return first + [p.detach().clone() for p in trained]
+
+
+# A dynamic scheme's forward differs from the reference by the rounding of x, and so does what its gradients are taken at.
+@pytest.mark.parametrize(("scheme", "db"), [("int8wo", 100), ("int4wo-32-asym", 100), ("int8dq", 25), ("int8dq-int4w-32", 25)])
+def test_adapters_train_beside_a_quantized_base(scheme: str, db: float, graphs: list[Graph]) -> None:
+    model, x = LoRA().train(), tokens(5, 64, FP32)
+    twin = with_dequantized_base(model, scheme)
+    base = [linear.weight.clone() for linear in model.base]
+    function, packed = compiled(model, {"base.*": scheme}), STORE.packed
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = train(function, model, x)
+    assert ours(caught) == [], "nothing was left out that the user asked for"
+    want = train(twin, twin, x)
+    assert len(got) == len(want) == 2 * 6
+    assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > db
+    assert_counts(aoquant_inductor.report(function), 2, 6, no_match=4)
+    assert all(torch.equal(linear.weight, before) for linear, before in zip(model.base, base, strict=True))
+    assert all(linear.weight.grad is None for linear in model.base)
+    assert (STORE.packed, len(graphs)) == (packed + 2, 1)
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "int4wo-32-asym", "int4wo-row", "int4wo-32-asymfloat"])
+def test_the_backward_over_the_plain_layout(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that GPUs have: lowered into the graph."""
+    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    model, x = LoRA().train(), tokens(5, 64, FP32)
+    twin = with_dequantized_base(model, scheme)
+    got, want = train(compiled(model, {"base.*": scheme}), model, x), train(twin, twin, x)
+    assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > 100
+
+
+def test_a_dynamic_scheme_is_straight_through() -> None:
+    """grad_x is grad_y . dequantize(w) exactly, whatever rounding did to x."""
+    linear, x = nn.Linear(64, 32).requires_grad_(False).eval(), tokens(3, 64, FP32).requires_grad_()
+    compiled(linear, "int8dq")(x).backward(grad := torch.randn(3, 32))
+    assert x.grad is not None
+    assert sqnr_db(x.grad, grad.double() @ dequantized(linear.weight, resolve("int8dq"))) > 120
+
+
+def test_the_forward_saves_packs_and_no_dense_weight() -> None:
+    model, x = LoRA().train(), tokens(5, 64, FP32)
+    y = compiled(model, {"base.*": "int4wo-32"})(x)
+    saved = y.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert any(t.dtype == torch.uint8 for t in saved)
+    assert all(t.numel() < 64 * 64 for t in saved if t.is_floating_point())
+
+
+def test_bf16_autocast_and_4d(graphs: list[Graph]) -> None:
+    model, x = LoRA(dtype=BF16).eval(), tokens(12, 64).view(2, 2, 3, 64).requires_grad_()
+    twin, y = with_dequantized_base(model, "int8wo"), x.detach().clone().requires_grad_()
+    compiled(model, {"base.*": "int8wo"})(x).float().square().sum().backward()
+    twin(y).float().square().sum().backward()
+    assert sqnr_db(x.grad, y.grad) > 35  # type: ignore[arg-type]
+    model, twin, x = model.float(), twin.float(), tokens(5, 64, FP32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (train(f, m, x, 1) for f, m in ((compiled(model, {"base.*": "int8wo"}), model), (twin, twin)))
+    assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > 30
+    assert all("torch.ops.aoquant" in graph.code for graph in graphs)
+
+
+def test_blocks_that_share_a_graph_train(graphs: list[Graph]) -> None:
+    models, x = [LoRA().train() for _ in range(4)], tokens(5, 64, FP32)
+    with torch.no_grad():
+        models[3].base[1].weight[0, 0] = float("inf")  # its block stays in full precision, and trains all the same
+    for i, model in enumerate(models):
+        twin = with_dequantized_base(model, "int8wo") if i < 3 else copy.deepcopy(model)
+        got, want = train(compiled(model, {"base.*": "int8wo"}), model, x, 1), train(twin, twin, x, 1)
+        if i < 3:
+            assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > 100, i
+        else:
+            assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(got, want, strict=True))
+    assert len([graph for graph in graphs if graph.packs]) == 2
+
+
+def test_no_grad_after_training_is_inference_with_the_same_packs() -> None:
+    model, x = LoRA().train(), tokens(5, 64, FP32)
+    function, packed = compiled(model, {"base.*": "int8wo"}), STORE.packed
+    train(function, model, x)
+    model.eval()
+    with torch.no_grad():
+        assert sqnr_db(function(x), with_dequantized_base(model, "int8wo")(x)) > 100
+    assert STORE.packed == packed + 2
+
+
+def test_a_base_that_changes_between_forward_and_backward_is_an_error() -> None:
+    model, x = LoRA().train(), tokens(5, 64, FP32)
     function = compiled(model, {"base.*": "int8wo"})
-    with pytest.warns(UserWarning, match="some parameters require grad and others are frozen"):
-        y = function(x)
-    y.float().sum().backward()
-    assert model.up.weight.grad is not None
-    assert model.base.a.weight.grad is None
-    assert_counts(aoquant_inductor.report(function), 0, 3, grad=1, no_match=2)
+    y = function(x)
+    with torch.no_grad():
+        model.base[1].weight.mul_(2)
+    function(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_frozen_beside_trainable_linears() -> None:
+    model, x = LoRA().eval(), tokens(5, 64, FP32)
+    function = compiled(model)
+    with pytest.warns(UserWarning, match="some parameters require grad and others are frozen: linears that train stay"):
+        function(x).sum().backward()
+    assert_counts(aoquant_inductor.report(function), 2, 6, grad=4)
     with torch.no_grad():
         function(x)
-    assert_counts(aoquant_inductor.report(function), 1, 3, no_match=2)
+    assert_counts(aoquant_inductor.report(function), 6)
 
 
 def test_unfreezing_after_the_compile() -> None:
-    model, x = LoRA().eval().requires_grad_(False), tokens()
+    model, x = LoRA().eval().requires_grad_(False), tokens(5, 64, FP32)
     function = compiled(model, {"base.*": "int8wo"})
     function(x)
-    assert_counts(aoquant_inductor.report(function), 1, 3, no_match=2)
-    model.up.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match="some parameters require grad"):
-        y = function(x)
-    y.float().sum().backward()
-    assert model.up.weight.grad is not None
+    assert_counts(aoquant_inductor.report(function), 2, 6, no_match=4)
+    model.up[0].weight.requires_grad_(True)
+    function(x).sum().backward()
+    assert model.up[0].weight.grad is not None
+    model.base[0].weight.requires_grad_(True)
+    function(x).sum().backward()
+    assert model.base[0].weight.grad is not None
+    assert model.base[1].weight.grad is None
 
 
 def test_no_grad_in_training_mode_is_inference() -> None:

@@ -73,6 +73,8 @@ NEVER = {
     "ops": ("patterns", "rewrite", "lowering", "backend", "weights", "_inductor"),
     "qparams": ("ops", "packing", "patterns", "rewrite", "lowering", "backend", "_inductor"),
     "packing": ("ops", "patterns", "rewrite", "lowering", "backend", "weights", "_inductor"),
+    "weights": ("patterns", "rewrite", "lowering", "backend", "watch", "release"),
+    "release": ("patterns", "lowering", "backend", "runtime"),
     "scheme": ("qparams", "ops", "packing", "patterns", "rewrite", "backend", "options", "_inductor"),
     "errors": ("scheme", "options", "ops", "rewrite", "backend", "_inductor"),
     "_inductor": ("ops", "patterns", "rewrite", "lowering", "backend", "packing", "weights"),

@@ -72,6 +72,18 @@ def test_linear_dynamic(name: str, layout: str) -> None:
             assert sqnr_db(got, want) > floor or not got.numel(), (out, shape)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", WO)
+def test_linear_grad(name: str, layout: str) -> None:
+    p, dense = weight(SCHEMES[name], layout)
+    for dtype, floor in ((FP32, 110), (FP16, 50), (BF16, 40)):
+        for shape in ((5, N), (N,), (2, 1, 3, N), (0, N)):
+            grad = torch.randn(shape, dtype=dtype)
+            got = aoquant.linear_grad(grad, p.w, p.scale, p.zero, *p.key)
+            assert got.dtype == dtype
+            assert sqnr_db(got, grad.double() @ dense) > floor or not got.numel(), (dtype, shape)
+
+
 def test_integer_products_are_exact_before_scaling() -> None:
     """Scales of 1 and integers beyond what fp32 sums exactly: the result is the integer itself."""
     k = 4096
@@ -92,13 +104,15 @@ def test_an_asymmetric_activation_without_sums_is_refused() -> None:
 def test_the_namespace_holds_these_ops() -> None:
     known = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     names = {name.split(".")[0] for space, name in known if space == ops.NAMESPACE}
-    assert names == {"linear_wo", "linear_dynamic", "quantize_per_token", "quantize_per_token_asym"}
+    assert names == {"linear_wo", "linear_dynamic", "linear_grad", "quantize_per_token", "quantize_per_token_asym"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout: str) -> None:
     for name in ("int8wo", "int4wo-32-asym"):
-        torch.library.opcheck(aoquant.linear_wo.default, wo_args(name, layout)[0])
+        args = wo_args(name, layout)[0]
+        torch.library.opcheck(aoquant.linear_wo.default, args)
+        torch.library.opcheck(aoquant.linear_grad.default, (torch.randn(5, N), *args[1:4], *args[5:]))
     for name in ("int8dq", "int8dq-int4w-32-asym-asymact"):
         torch.library.opcheck(aoquant.linear_dynamic.default, dq_args(name, layout, BF16)[0])
     x = torch.randn(2, 3, 8)

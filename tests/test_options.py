@@ -153,7 +153,7 @@ def test_check_raises_by_default_and_does_not_warn() -> None:
         ),
         ({"on_unsupported": "warn"}, '"on_unsupported" is "warn". Known: report, error.'),
         ({"weights": None}, '"weights" is None. Known: checked, frozen.'),
-        ({"release_weights": 1}, '"release_weights" is 1. Known: True, False.'),
+        ({"release_weights": 1}, '"release_weights" is 1. Known: True, False, cpu.'),
         ({"schemes": None}, '"schemes" is None; give one word, or a dict of names and patterns.'),
         (
             {"schemes": ["int8wo"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,3 +118,17 @@ def tokens(m: int = 4, d: int = 32, dtype: torch.dtype = BF16) -> torch.Tensor:
 def our_kernel(name: str | None) -> bool:
     """Whether a kernel of ours ran, not Inductor's fallback, where this CPU has one."""
     return name is not None and (name.startswith("C++ AVX512") or not packing_cpu.available())
+
+
+def peak_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """(the most CPU memory that tensors took beyond the start while `call` ran, what is left of it), exactly."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak, now

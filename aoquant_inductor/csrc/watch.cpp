@@ -2,6 +2,9 @@
 //
 // refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
 // counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
+//
+// let_go(tensor, message): frees the tensor's memory; whatever reads or writes it later raises RuntimeError(message). Sizes,
+// strides and the version stay: Dynamo's guards pass.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <vector>
@@ -37,7 +40,8 @@ bool differs(PyObject* object, const State& state) {
   const int64_t version = impl->is_inference() ? -1 : (int64_t)impl->version_counter().current_version();
   if (version != state.version) return true;
   if (!impl->has_storage()) return true;
-  const auto* base = static_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()->data());
+  // no checks: the memory of a weight that was let go is null, and asking for it the usual way throws
+  const auto* base = static_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
   return reinterpret_cast<uintptr_t>(base ? base + impl->storage_offset() * impl->itemsize() : nullptr) != state.pointer;
 }
 
@@ -86,8 +90,23 @@ void watch_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
+PyObject* let_go(PyObject*, PyObject* args) {
+  PyObject* object;
+  const char* message;
+  if (!PyArg_ParseTuple(args, "Os", &object, &message)) return nullptr;
+  if (!THPVariable_Check(object) || !THPVariable_Unpack(object).has_storage()) {
+    PyErr_SetString(PyExc_TypeError, "let_go: a tensor with memory is wanted");
+    return nullptr;
+  }
+  c10::StorageImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  impl->set_data_ptr_noswap(c10::DataPtr(nullptr, impl->device()));
+  impl->release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
+  Py_RETURN_NONE;
+}
+
 PyTypeObject watch_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "aoquant_watch", nullptr, -1, nullptr};
+PyMethodDef functions[] = {{"let_go", let_go, METH_VARARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "aoquant_watch", nullptr, -1, functions};
 
 }  // namespace
 
