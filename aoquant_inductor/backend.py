@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, lowering, progress, ranges, release, rewrite
+from aoquant_inductor import _inductor, lowering, progress, ranges, release, rewrite, siblings
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
 from aoquant_inductor.options import Options
@@ -66,10 +66,14 @@ def _pipeline(
             site.skip("grad")
             warn_once(f"{differentiable}: linears that train stay in full precision, frozen ones are quantized.")
     later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
-    for site in progress.bar(sites):
-        rewrite.pack(site)
-        if opts.release_weights and not later:
-            _release(site, names, opts)
+    for group in progress.bar(siblings.groups(sites)):
+        if len(group) > 1 and not differentiable:
+            siblings.pack(group)
+        for site in group:
+            if site.packed is None:
+                rewrite.pack(site)
+            if opts.release_weights and not later:
+                _release(site, names, opts)
     journal.pack_seconds += time.perf_counter() - started
     _check_unsupported(opts, [*(site.layer for site in sites), *others])
     for site in sites if opts.release_weights and later else ():
@@ -96,7 +100,7 @@ def _compile(
     frame: _inductor.Frame, journal: Log,
 ) -> Compiled:
     rewritten = rewrite.apply(gm, sites, torch.is_grad_enabled())
-    note = journal.kernel_notes([(site.layer, site.packed.key) for site in sites if site.packed is not None])
+    note = journal.kernel_notes([(site.layer, site.key) for site in sites])
     identity = tuple(id(site.value) for site in rewritten.sites)
     seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))
     place = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}

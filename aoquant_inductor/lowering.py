@@ -32,6 +32,9 @@ BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {
 }
 """device type -> what to try before the portable lowering."""
 
+TOGETHER: frozenset[str] = frozenset(["cuda", "xpu"])
+"""device types where linears that read one activation are worth one launch (siblings.py)."""
+
 M_RANGES: dict[str, tuple[int, ...]] = {"cuda": (16, 64, 256), "xpu": (16, 64, 256)}
 """device type -> the last M of each range but the last, where no kernel serves every M, as the CPU's do."""
 

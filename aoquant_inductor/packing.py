@@ -11,8 +11,8 @@ A layout is a value in LAYOUTS: the op names it, the lowering picks a kernel by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,8 +58,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class Layout:
+    """rows: weights whose N are multiples of it lie side by side in one pack, w along its first axis."""
+
     pack: Callable[[Quantized, bool], Packed]
     unpack: Callable[[torch.Tensor, int, int, str], torch.Tensor]
+    rows: int
 
 
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
@@ -99,10 +102,10 @@ def _cpu(kind: str) -> Layout:
     def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
         return packing_cpu.unpack_vnni(w, DTYPES[w_dtype][0], n, k, kind)
 
-    return Layout(pack, unpack)
+    return Layout(pack, unpack, packing_cpu.COLUMNS)
 
 
-LAYOUTS = {"plain": Layout(_plain_pack, _plain_unpack), "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni")}
+LAYOUTS = {"plain": Layout(_plain_pack, _plain_unpack, 1), "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni")}
 
 
 def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str:
@@ -115,6 +118,31 @@ def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str:
 def pack(quantized: Quantized, scheme: Scheme, layout: str) -> Packed:
     asymmetric = scheme.activation is not None and not scheme.activation.symmetric
     return LAYOUTS[layout].pack(quantized, asymmetric)
+
+
+def join(packs: Sequence[Packed]) -> tuple[Packed, list[Packed]] | None:
+    """(one Packed of all their rows, the packs again as views of it); None where their layout keeps them apart."""
+    first, rows = packs[0], [p.shape[0] for p in packs]
+    if any(n % LAYOUTS[first.layout].rows for n in rows):
+        return None
+
+    def cat(tensors: Sequence[torch.Tensor | None], axis: int) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]:
+        present = [t for t in tensors if t is not None]
+        if not present:
+            return None, tensors
+        whole = torch.cat(present, axis)
+        return whole, whole.split([t.shape[axis] for t in present], axis)
+
+    w, w_parts = cat([p.w for p in packs], 0)
+    rest = [cat(tensors, 1) for tensors in zip(*((p.scale, p.zero, p.sums) for p in packs), strict=True)]
+
+    def like(p: Packed, n: int, *tensors: torch.Tensor | None) -> Packed:
+        w, scale, zero, sums = tensors
+        assert w is not None and scale is not None
+        return replace(p, w=w, scale=scale, zero=zero, sums=sums, shape=(n, p.shape[1]))
+
+    parts = zip(packs, rows, w_parts, *(views for _, views in rest), strict=True)
+    return like(first, sum(rows), w, *(whole for whole, _ in rest)), [like(*part) for part in parts]
 
 
 def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str, layout: str) -> torch.Tensor:

@@ -29,6 +29,7 @@ KEPT, RELEASED = "kept", "released"
 class Layer:
     """One linear. bytes_before / bytes_after of its weight; sqnr_db of the quantized weight; reason: why it was skipped.
 
+    siblings: the linears that its kernel serves with it in one launch.
     original: what became of a packed weight's own memory under "release_weights": `released`, or `kept: ` and why.
     """
 
@@ -45,6 +46,7 @@ class Layer:
     sqnr_db: float | None = None
     kernel: str | None = None
     original: str = KEPT
+    siblings: tuple[str, ...] = ()
 
     @property
     def bytes_resident(self) -> int:
@@ -65,6 +67,11 @@ def _status(layer: Layer) -> str:
     if layer.reason is not None:
         return f"{layer.status}: {layer.reason}"
     return f"{layer.status}, original released" if layer.original == RELEASED else layer.status
+
+
+def _kernel(layer: Layer) -> str:
+    together = ", ".join(name.rpartition(".")[2] for name in layer.siblings)
+    return (layer.kernel or "-") + (f", with {together}" if together else "")
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Report:
                 layer.name, "x".join(map(str, layer.shape)), layer.scheme or "-", layer.matched_by or "-",
                 _status(layer),
                 f"{_size(layer.bytes_before)} -> {_size(layer.bytes_after)}",
-                "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}", layer.kernel or "-",
+                "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}", _kernel(layer),
             )
             for layer in self.layers
         ]

@@ -144,6 +144,17 @@ class Site:
     read_elsewhere: bool = False  # the weight, by something in the graph that is no linear
     entry: Entry | None = None
     packed: Packed | None = None
+    launch: Packed | None = None  # what its kernel reads: `packed`, or that of several siblings
+
+    @property
+    def layout(self) -> str:
+        assert self.scheme is not None
+        return packing.choose(self.scheme, self.value.device, self.out_dtype)
+
+    @property
+    def key(self) -> WeightKey | None:
+        """What the op that serves it is told about its weight."""
+        return None if self.launch is None else self.launch.key
 
     def skip(self, reason: str, detail: str | None = None) -> None:
         if self.scheme is not None:
@@ -152,8 +163,8 @@ class Site:
 
     def name_kernel(self, kernels: Mapping[WeightKey, set[str]]) -> None:
         """Into the report: which kernels the lowering took for weights like this one."""
-        if self.packed is not None:
-            chosen = kernels.get(self.packed.key)
+        if self.key is not None:
+            chosen = kernels.get(self.key)
             self.layer = replace(self.layer, kernel=", ".join(sorted(chosen)) if chosen else "as cached by Inductor")
 
 
@@ -182,15 +193,15 @@ def pack(site: Site) -> None:
     """The pack of a site with a scheme; a weight that is not finite or finds no memory stays as it is, with its reason."""
     if site.scheme is None:
         return
-    layout = packing.choose(site.scheme, site.value.device, site.out_dtype)
     kept = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[site.value.dtype]
     try:
-        site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, layout)
+        site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, site.layout)
     except qparams.NonFinite as error:
         site.skip("non_finite", f"holds {error}; it stays in {kept}.")
     except torch.OutOfMemoryError:
         site.skip("out_of_memory", f"could not be packed in the memory that is free; it stays in {kept}.")
     else:
+        site.launch = site.packed
         site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes)
 
 
@@ -201,8 +212,12 @@ class Rewritten:
     gm: fx.GraphModule
     packs: list[torch.Tensor]
     consumed: list[fx.Node]
-    sites: list[Site]  # one per packed weight, in the order of the packs
+    units: list[list[Site]]  # the sites of each packed weight or of siblings that share a launch, in the order of the packs
     differentiable: bool
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for unit in self.units for site in unit]
 
 
 def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = False) -> Rewritten:
@@ -212,7 +227,8 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = Fals
     first = next(iter(graph.nodes))
     packs: list[torch.Tensor] = []
     nodes: dict[int, PackNodes] = {}
-    unique: list[Site] = []
+    units: dict[int, list[Site]] = {}
+    results: dict[int, tuple[fx.Node, int]] = {}  # of a launch for several sites, and the columns that are taken
     shared: Shared = {}
     detached: dict[fx.Node, fx.Node] = {}
 
@@ -224,25 +240,37 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = Fals
         packs.append(value)
         return node
 
+    def emit(site: Site, pack: PackNodes) -> fx.Node:
+        assert site.scheme is not None and site.packed is not None
+        x, bias = env[site.x], None if site.bias is None else env[site.bias]
+        if site.x.meta["example_value"].dtype != site.out_dtype:  # autocast
+            x = graph.call_method("to", (x, site.out_dtype))
+        pattern, rest = PATTERNS[site.scheme.pattern], (site.scheme, site.out_dtype, shared)
+        if pack.packed is site.packed:
+            if not differentiable:
+                return pattern(graph, x, pack, bias, *rest)
+            inner = [backward.detach(graph, t, detached) for t in (x, bias)]
+            return backward.attach(graph, pattern(graph, inner[0], pack, inner[1], *rest), (x, bias), pack)
+        y, start = results.get(id(pack.packed)) or (pattern(graph, x, pack, None, *rest), 0)
+        n = site.packed.shape[0]
+        results[id(pack.packed)] = y, start + n
+        part = graph.call_function(torch.narrow, (y, -1, start, n))
+        return part if bias is None else graph.call_function(torch.add, (part, bias))
+
     for site in sites:
-        packed = site.packed
-        if packed is None or site.scheme is None:
+        launch = site.launch
+        if launch is None:
             continue
-        if id(packed) not in nodes:
-            w, scale, zero, sums = (placeholder(t) for t in (packed.w, packed.scale, packed.zero, packed.sums))
+        if id(launch) not in nodes:
+            w, scale, zero, sums = (placeholder(t) for t in (launch.w, launch.scale, launch.zero, launch.sums))
             assert w is not None and scale is not None
-            nodes[id(packed)] = PackNodes(packed, w, scale, zero, sums)
-            unique.append(site)
-        node, x = env[site.node], env[site.x]
-        bias = None if site.bias is None else env[site.bias]
+            nodes[id(launch)] = PackNodes(launch, w, scale, zero, sums)
+        unit = units.setdefault(id(launch), [])
+        if launch is not site.packed or not unit:
+            unit.append(site)
+        node = env[site.node]
         with graph.inserting_before(node):
-            if site.x.meta["example_value"].dtype != site.out_dtype:  # autocast
-                x = graph.call_method("to", (x, site.out_dtype))
-            inputs = [backward.detach(graph, t, detached) for t in (x, bias)] if differentiable else [x, bias]
-            pattern, pack = PATTERNS[site.scheme.pattern], nodes[id(packed)]
-            y = pattern(graph, inputs[0], pack, inputs[1], site.scheme, site.out_dtype, shared)
-            if differentiable:
-                y = backward.attach(graph, y, (x, bias), pack)
+            y = emit(site, nodes[id(launch)])
         y.meta.update(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
@@ -253,4 +281,4 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = Fals
         graph.erase_node(env[weight])
     graph.lint()
     copy.recompile()
-    return Rewritten(copy, packs, consumed, unique, differentiable)
+    return Rewritten(copy, packs, consumed, list(units.values()), differentiable)

@@ -14,6 +14,7 @@ from torch import fx
 
 from aoquant_inductor import _inductor, release
 from aoquant_inductor.options import Options
+from aoquant_inductor.packing import Packed
 from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.report import Report, log_of
 from aoquant_inductor.rewrite import Names, Rewritten, Site
@@ -75,17 +76,17 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compile
 class _Group:
     """The packs of one set of weights, one block of many; in the report of the compiled object that called with them."""
 
-    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Site], opts: Options) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Sequence[Site]], opts: Options) -> None:
+        """like: the units of the graph that the packs are for."""
         self.packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
         context, root = _inductor.calling()
-        names, layers = Names(root), []
-        for weight, site in zip(weights, like, strict=True):
+        names, layers, coming = Names(root), [], iter(weights)
+        for unit in like:
+            self.packs += self._pack(unit, [next(coming) for _ in unit]).tensors
+        for weight, site in zip(weights, [site for unit in like for site in unit], strict=True):
             assert site.scheme is not None and site.packed is not None
-            if tuple(weight.shape) != site.packed.shape:
-                raise RuntimeError(f"{site.layer.name}: compiled for {site.packed.shape}, called with {tuple(weight.shape)}.")
-            entry, packed, sqnr = STORE.pack(weight, site.scheme, site.packed.layout)
-            self.packs += packed.tensors
+            entry, _, sqnr = STORE.pack(weight, site.scheme, site.packed.layout)
             self.entries.append(entry)
             name = names.known(weight) or site.layer.name
             layer = replace(site.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr)
@@ -99,6 +100,20 @@ class _Group:
             journal.graphs.append(Report(tuple(layers)))
             journal.entries += self.entries
 
+    @staticmethod
+    def _pack(unit: Sequence[Site], weights: Sequence[torch.Tensor]) -> Packed:
+        for weight, site in zip(weights, unit, strict=True):
+            assert site.packed is not None
+            if tuple(weight.shape) != site.packed.shape:
+                raise RuntimeError(f"{site.layer.name}: compiled for {site.packed.shape}, called with {tuple(weight.shape)}.")
+        scheme, like = unit[0].scheme, unit[0].packed
+        assert scheme is not None and like is not None
+        if unit[0].launch is like:
+            return STORE.pack(weights[0], scheme, like.layout)[1]
+        whole = STORE.pack_together(weights, scheme, like.layout, always=True)
+        assert whole is not None
+        return whole
+
 
 class LookedUp:
     """The callable of a graph that serves any weights of its shapes: packs are looked up by the weights of the call."""
@@ -110,7 +125,7 @@ class LookedUp:
         """gm: the graph before the rewrite; weights, kept: which of its arguments are looked up, and which are passed on."""
         self.pick = _picker(weights)
         self.keep = _picker(kept)
-        self.like = rewritten.sites
+        self.like = rewritten.units
         self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
         self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
         self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable

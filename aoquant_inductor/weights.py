@@ -24,7 +24,9 @@ from aoquant_inductor.errors import ReleasedWeights
 from aoquant_inductor.packing import Packed
 from aoquant_inductor.scheme import Scheme
 
-PackKey = tuple[Scheme, str]
+PackKey = tuple[Scheme, str, str]
+"""Scheme, layout, and TOGETHER for a second pack, which lies in one allocation with those of other weights."""
+TOGETHER = "together"
 
 
 UNTRACKED = -1  # an inference tensor counts no versions
@@ -61,6 +63,7 @@ class Entry:
         self.ref = weakref.ref(weight, lambda ref: drop(key, ref))
         self.version, self.pointer = _stamp(weight)
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
+        self.wholes: dict[PackKey, tuple[Packed, int]] = {}  # what a pack is a part of, and which
         self.repacks = 0
         self.release: Release | None = None
         self.copy: torch.Tensor | None = None  # of a released weight, if its user wanted one
@@ -91,7 +94,7 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = _stamp(weight)
-        fresh = {key: pack_weight(weight, *key) for key in self.packs}
+        fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
         with plain_tensors():
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)
@@ -176,7 +179,7 @@ class Store:
             entry = self.entry(weight)
             if entry.packs and entry.stale():
                 entry.repack()
-            key = (scheme, layout)
+            key = (scheme, layout, "")
             if key not in entry.packs:
                 if entry.release is not None and entry.released:
                     raise ReleasedWeights(entry.release.name)
@@ -186,6 +189,45 @@ class Store:
                 self.turn()
                 self.packed += 1
             return (entry, *entry.packs[key])
+
+    def pack_together(
+        self, weights: Sequence[torch.Tensor], scheme: Scheme, layout: str, always: bool = False
+    ) -> Packed | None:
+        """One Packed over weights that one launch is to serve, their own packs views of it; None where that cannot be.
+
+        The layout may keep them apart; or they were packed apart before, and then `always` makes second packs.
+
+        Raises as `pack`.
+        """
+        with self._lock:
+            entries = [self.entry(weight) for weight in weights]
+            for key in ((scheme, layout, ""), (scheme, layout, TOGETHER)):
+                if (found := _whole(entries, key)) is not None:
+                    self.update(entries)
+                    return found
+                if not any(key in entry.packs for entry in entries):
+                    return self._pack_together(entries, weights, key)
+                if not always:
+                    return None
+            raise ValueError("weights that lie together in one graph lie together with others in another.")
+
+    def _pack_together(self, entries: Sequence[Entry], weights: Sequence[torch.Tensor], key: PackKey) -> Packed | None:
+        if gone := next((e.release for e in entries if e.release is not None and e.released), None):
+            raise ReleasedWeights(gone.name)
+        self.update([entry for entry in entries if entry.packs])
+        stamps = [_stamp(weight) for weight in weights]
+        apart = [pack_weight(weight, *key[:2]) for weight in weights]
+        with plain_tensors():
+            joined = packing.join([packed for packed, _ in apart])
+        if joined is None:
+            return None
+        whole, parts = joined
+        for i, (entry, part) in enumerate(zip(entries, parts, strict=True)):
+            entry.packs[key], entry.wholes[key] = (part, apart[i][1]), (whole, i)
+            entry.version, entry.pointer = stamps[i]
+        self.turn()
+        self.packed += len(weights)
+        return whole
 
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
         """Repack what is stale (or all of it) in place; the number of weights repacked."""
@@ -197,6 +239,15 @@ class Store:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _whole(entries: Sequence[Entry], key: PackKey) -> Packed | None:
+    """What exactly these packs, in this order, are the parts of."""
+    wholes = [entry.wholes.get(key) for entry in entries]
+    first = wholes[0]
+    if first is None or [w and (id(w[0]), w[1]) for w in wholes] != [(id(first[0]), i) for i in range(len(wholes))]:
+        return None
+    return first[0] if first[0].shape[0] == sum(entry.packs[key][0].shape[0] for entry in entries) else None
 
 
 STORE = Store()

@@ -65,7 +65,12 @@ def pretended_gpu(arch: int = 90) -> Iterator[None]:
         "raise_if_triton_unavailable": constant(None), "get_compute_capability": constant(arch),
     }
     worker = {"get_device_properties": constant(card), "current_device": constant(0)}
+    from torch.utils import _triton
+
     with contextlib.ExitStack() as stack:
+        for answer in (_triton.has_triton, _triton.has_triton_package):  # may have been asked before, without the GPU
+            getattr(answer, "cache_clear", lambda: None)()
+            stack.callback(getattr(answer, "cache_clear", lambda: None))
         for owner, names in ((torch.cuda, cuda), (CudaInterface, interface), (CudaInterface.Worker, worker)):
             for name, value in names.items():
                 value = staticmethod(value) if isinstance(owner, type) else value

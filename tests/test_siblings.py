@@ -1,0 +1,137 @@
+"""Linears that read one activation: packed side by side, one launch, each still itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from util import BF16, Graph, assert_counts, compiled, from_pack, linear64, run, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor import lowering, packing_cpu
+from aoquant_inductor.scheme import resolve
+from aoquant_inductor.weights import STORE
+
+SIZES = (64, 128, 64)  # multiples of the CPU layouts' 64 rows
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "TOGETHER", frozenset(["cpu"]))
+
+
+class Heads(nn.Module):
+    """q, k, v of one x, k without a bias; then a linear of something else."""
+
+    def __init__(self, sizes: tuple[int, ...] = SIZES, width: int = 96) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, n, bias=i != 1, dtype=BF16) for i, n in enumerate(sizes))
+        self.o = nn.Linear(sizes[2], width, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return q, k, v, self.o(v.relu())
+
+    def misses(self, x: torch.Tensor, got: tuple[torch.Tensor, ...], scheme: str, gate: float = 45) -> list[float]:
+        s = resolve(scheme)
+        pairs = zip(got, (self.q, self.k, self.v), strict=False)
+        found = [sqnr_db(y, linear64(x, one, s, from_pack(one.weight, s))) for y, one in pairs]
+        return [db for db in found if not db > gate]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["cpu layouts", "plain"])
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq-asymact", "int4wo-32-asym", "int8dq-int4w-32-asym-asymact"])
+def test_one_launch_for_three(scheme: str, plain: bool, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    model, x = Heads().eval(), tokens(5, 96)
+    packed = STORE.packed
+    _, got, report = run(model, x, schemes=scheme)
+    assert_counts(report, 4)
+    assert STORE.packed == packed + 4
+    assert graphs[0].code.count("torch.ops.aoquant.linear") == 2
+    by_name = {layer.name: layer for layer in report.layers}
+    assert by_name["q"].siblings == ("k", "v") and by_name["v"].siblings == ("q", "k") and by_name["o"].siblings == ()
+    assert by_name["q"].shape == (64, 96) and by_name["q"].bytes_after * 2 == by_name["k"].bytes_after
+    assert ", with k, v" in str(report)
+    assert model.misses(x, got, scheme) == []
+
+
+@pytest.mark.parametrize("instances", [1, 2], ids=["constant", "looked up"])
+def test_an_update_of_one_of_them(instances: int, graphs: list[Graph]) -> None:
+    x = tokens(5, 96)
+    for _ in range(instances):
+        model = Heads().eval()
+        function, got, _ = run(model, x)
+        assert model.misses(x, got, "int8wo") == []
+    count, packed = len(graphs), STORE.packed
+    for one in (model.k, model.q):
+        with torch.no_grad():
+            one.weight.copy_(torch.randn_like(one.weight))
+            assert model.misses(x, function(x), "int8wo") == []
+    model.v.weight.data = torch.randn_like(model.v.weight)
+    with torch.no_grad():
+        assert model.misses(x, function(x), "int8wo") == []
+    assert (len(graphs), STORE.packed) == (count, packed), "repacked in place"
+
+
+def test_many_rows_are_launches_of_their_own_over_the_same_packs(graphs: list[Graph]) -> None:
+    model = Heads().eval()
+    function = compiled(model, "int8wo", dynamic=False)
+    packed = STORE.packed
+    with torch.no_grad():
+        for m in (5, 300):
+            x = tokens(m, 96)
+            assert model.misses(x, function(x), "int8wo") == [], m
+    assert STORE.packed == packed + 4
+    assert [graph.code.count("torch.ops.aoquant.linear") for graph in graphs] == [2, 4]
+    assert {t.untyped_storage().data_ptr() for t in graphs[1].packs} == {t.untyped_storage().data_ptr() for t in graphs[0].packs}
+
+
+def test_what_was_packed_apart_stays_apart_and_gets_second_packs_where_it_must(graphs: list[Graph]) -> None:
+    first, second, x = Heads().eval(), Heads().eval(), tokens(5, 96)
+    run(second.q, x)  # its own graph: q is packed apart from k and v
+    assert STORE.pack_together([second.q.weight, second.k.weight], resolve("int8wo"), "cpu_bf16" if packing_cpu.available() else "plain") is None
+    run(first, x)
+    function, got, report = run(second, x)
+    assert_counts(report, 4)
+    assert second.misses(x, got, "int8wo") == []
+    with torch.no_grad():
+        second.q.weight.neg_()
+        assert second.misses(x, function(x), "int8wo") == []
+
+
+def test_a_bad_weight_keeps_its_siblings_apart() -> None:
+    model, x = Heads().eval(), tokens(5, 96)
+    with torch.no_grad():
+        model.k.weight[0, 0] = math.nan
+    _, got, report = run(model, x)
+    assert_counts(report, 3, 4, non_finite=1)
+    assert model.misses(x, (got[0],), "int8wo") == []
+    assert not any(layer.siblings for layer in report.layers)
+
+
+def test_different_schemes_and_odd_sizes_are_apart() -> None:
+    model, x = Heads().eval(), tokens(5, 96)
+    _, got, report = run(model, x, schemes={"q": "int4wo-32", "*": "int8wo"})
+    assert_counts(report, 4)
+    assert {layer.name: layer.siblings for layer in report.layers} == {"q": (), "k": ("v",), "v": ("k",), "o": ()}
+    if packing_cpu.available():
+        _, _, report = run(Heads((65, 64, 64)).eval(), x)
+        assert_counts(report, 4)
+        assert not any(layer.siblings for layer in report.layers)
+
+
+def test_refresh_and_release_of_siblings() -> None:
+    model, x = Heads().eval(), tokens(5, 96)
+    before = {one: one.weight.detach().clone() for one in (model.q, model.k, model.v)}
+    function, got, report = run(model, x, release_weights=True)
+    assert_counts(report, 4)
+    assert all(layer.original == "released" for layer in report.layers), str(report)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(function(x), got, strict=True))
+    assert aoquant_inductor.restore(model) == 4
+    for one in (model.q, model.k, model.v):
+        assert sqnr_db(one.weight, before[one]) > 35
