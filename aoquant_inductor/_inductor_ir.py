@@ -1,4 +1,4 @@
-"""The second half of `_inductor`: the private building blocks of Inductor's IR that our lowerings are made of."""
+"""The second part of `_inductor`: the private building blocks of Inductor's IR that our lowerings are made of."""
 
 from __future__ import annotations
 
@@ -103,30 +103,6 @@ def cpp_template(
     node = template.generate().output_node()
     virtualized.V.graph.no_fuse_buffer_names.add(node.get_name())
     return node
-
-
-def triton_template(name: str, source: str) -> Any:
-    """A template whose grid is the tiles of y[M, N]; names are global to the process."""
-    (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
-    (grid,) = private("torch._inductor.kernel.mm_common", "mm_grid")
-    return template(name=name, grid=grid, source=source)
-
-
-def triton_choices(
-    template: Any, name: str, inputs: Sequence[IR], size: Sequence[Expr], dtype: torch.dtype, device: torch.device,
-    choices: Sequence[dict[str, Any]],
-) -> IR:
-    """y of `size` by the fastest of the template's configs, measured when there is more than one."""
-    (ir,) = private("torch._inductor", "ir")
-    (select,) = private("torch._inductor.select_algorithm", "autotune_select_algorithm")
-    nodes = [ir.ExternKernel.realize_input(realize(node)) for node in inputs]
-    layout = ir.FixedLayout(device, dtype, list(size))
-    callers: list[Any] = []
-    errors = [template.maybe_append_choice(callers, input_nodes=nodes, layout=layout, **choice) for choice in choices]
-    if not callers:
-        raise NotImplementedError(f"{name}: no config compiles: {errors}")
-    result = select(name, callers, nodes, layout)
-    return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.12 on
 
 
 def searching() -> bool:

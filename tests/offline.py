@@ -16,8 +16,11 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from aoquant_inductor import lowering, packing, qparams
+from aoquant_inductor import lowering, lowering_triton, packing, qparams
+from aoquant_inductor._inductor_choices import COUNTERS
+from aoquant_inductor.card import Card
 from aoquant_inductor.scheme import SCHEMES
+from aoquant_inductor.templates import Config, Kernel
 
 Properties = collections.namedtuple(
     "Properties",
@@ -95,9 +98,15 @@ def _operands(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: boo
     return p, call, tensors
 
 
-def render(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90) -> dict[str, Any]:
-    """Inductor's text of one linear: {"code": wrapper module, "tensors": real CPU operands, "expected": y[M, N]}."""
-    from torch._inductor import config
+def render(
+    scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
+    config: tuple[Kernel, Config] | None = None,
+) -> dict[str, Any]:
+    """Inductor's text of one linear: {"code": wrapper module, "tensors": real CPU operands, "expected": y[M, N]}.
+
+    `config`: the kernel and the config to take instead of the default.
+    """
+    from torch._inductor import config as inductor_config
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -116,7 +125,10 @@ def render(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool =
                 return (call({**dict.fromkeys(tensors), **dict(zip(present, args, strict=True))}),)
 
             gm = make_fx(run, tracing_mode="real")(*inputs)
-        with config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake):
+        with (
+            inductor_config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake),
+            _forced(config) if config else contextlib.nullcontext(),
+        ):
             graph = GraphLowering(gm, shape_env=None, example_inputs=inputs, is_inference=True)
             with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
                 graph.run(*inputs)
@@ -127,6 +139,17 @@ def render(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool =
                 code = graph.wrapper_code.generate(graph.is_inference)[0]
     names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
     return {"code": getattr(code, "value", code), "tensors": present, "names": names, "expected": expected}
+
+
+def _forced(wanted: tuple[Kernel, Config]) -> Any:
+    def default(p: Any, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Config]:
+        kernel, config = wanted
+        assert kernel.fits(p, card), kernel.name
+        able = kernel.config(p, card, config)
+        assert able is not None, config
+        return kernel, able
+
+    return mock.patch.object(lowering_triton, "default", default)
 
 
 def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:
@@ -140,8 +163,26 @@ def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:
     return name, text[text.index("@triton.jit") :], signature, options
 
 
-def call_order(code: str, name: str) -> tuple[list[str], tuple[int, ...]]:
-    """(the kernel's arguments by the names of the graph's inputs; the output is none of them, the grid)."""
+def call(rendered: dict[str, Any], name: str, y: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+    """(the kernel's arguments: real inputs, zeroed counters, scratch, `y` for the output; the grid)."""
+    inputs = dict(zip(rendered["names"], rendered["tensors"].values(), strict=True))
+    code = rendered["code"]
+    order, grid = _call_order(code, name)
+
+    def argument(word: str) -> torch.Tensor:
+        if word in inputs:
+            return inputs[word]
+        size = re.search(rf"^ *{word} = empty_strided_cuda\(\((\d+), \), \(1, \), torch.(\w+)\)", code, re.M)
+        if size is None or (int(size.group(1)) == y.numel() and size.group(2) not in ("uint8", "int32")):
+            return y
+        counters = (int(size.group(1)), size.group(2)) == (COUNTERS, "int32")
+        return torch.zeros(COUNTERS, dtype=torch.int32) if counters else torch.full((int(size.group(1)),), 127, dtype=torch.uint8)
+
+    return [argument(word) for word in order], grid
+
+
+def _call_order(code: str, name: str) -> tuple[list[str], tuple[int, ...]]:
+    """(the names of the kernel's arguments, the grid)."""
     match = re.search(rf"{name}\.run\(([^)]*?)(?:, stream=|\))", code)
     if match is None:
         raise AssertionError(f"{name} is not called:\n{code}")
