@@ -136,7 +136,7 @@ def pack(sites: Iterable[Site]) -> None:
     for site in sites:
         if site.scheme is None:
             continue
-        layout = packing.choose(site.scheme, site.value.device, site.out_dtype)
+        layout = packing.choose(site.scheme, site.value.device, site.out_dtype, site.value.shape)
         try:
             site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, layout)
         except qparams.NonFinite as error:

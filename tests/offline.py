@@ -84,7 +84,7 @@ def _operands(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: boo
     """(op, its arguments as a function of the tensors, the tensors by name) for one linear, real values on the CPU."""
     choice = SCHEMES[scheme]
     weight = torch.randn(n, k).to(dtype)
-    p = packing.pack(qparams.quantize(weight, choice.weight), choice, "plain")
+    p = packing.pack(qparams.quantize(weight, choice.weight), choice, packing.choose(choice, torch.device("cuda", 0), dtype, (n, k)))
     x = torch.randn(m, k).to(dtype)
     tensors = {"w": p.w, "scale": p.scale, "zero": p.zero, "sums": p.sums, "bias": torch.randn(n).to(dtype) if bias else None}
     if choice.activation is None:
@@ -113,7 +113,8 @@ def render(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     lowering.install()
-    _, call, tensors = _operands(scheme, m, n, k, dtype, bias)
+    with pretended_gpu(arch):
+        _, call, tensors = _operands(scheme, m, n, k, dtype, bias)
     present = {name: t for name, t in tensors.items() if t is not None}
     expected = call({**tensors})
     with pretended_gpu(arch):

@@ -5,9 +5,9 @@ A new kernel is those two files and its place in KERNELS: the order in which def
 
 from __future__ import annotations
 
-from aoquant_inductor.templates import linear
+from aoquant_inductor.templates import gemv, linear
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
-KERNELS: tuple[Kernel, ...] = (linear.KERNEL,)
+KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, linear.KERNEL)
 
 __all__ = ["KERNELS", "Config", "Default", "Kernel"]

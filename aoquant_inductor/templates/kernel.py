@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 FILL = 0
 ANY = 1 << 62
 MAX_SPLIT = 16
+SAFE_PTXAS = (13, 3)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Config:
     """One program makes block_m x block_n of y in steps of block_k.
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
-    each a part of K; FILL is as many as give every multiprocessor one. extra: further constants of the kernel.
+    each a part of K; FILL is as many as give every multiprocessor one. carried: accumulators stay in the loop although a
+    converted weight feeds the tensor core from registers, which ptxas before SAFE_PTXAS may miscompile. extra: further constants.
     """
 
     block_m: int
@@ -35,17 +37,18 @@ class Config:
     group_m: int = 8
     swap: bool = False
     split_k: int = 1
+    carried: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.block_m}x{self.block_n}x{self.block_k}" + (" swapped" if self.swap else "")
-        return text + (f" split {self.split_k}" if self.split_k > 1 else "")
+        words = ["swapped"] * self.swap + ["carried"] * self.carried + [f"split {self.split_k}"] * (self.split_k > 1)
+        return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *words])
 
     def keywords(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
-            "SWAP": self.swap, "SPLIT_K": self.split_k, "num_warps": self.num_warps, "num_stages": self.num_stages,
-            **dict(self.extra),
+            "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried,
+            "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 
 
@@ -79,6 +82,8 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, within the card's shared memory; None if it cannot."""
         config = self.adapt(p, wanted)
+        if wanted.carried and 0 < card.arch and card.ptxas < SAFE_PTXAS:
+            return None
         if config is None or _shared(p, config) > card.shared:
             return None
         m = ir.static(p.m)
@@ -98,7 +103,7 @@ class Kernel:
         return replace(config, split_k=split)
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
-        keywords = {**common_keywords(p), **config.keywords(), **self.keywords(p, config)}
+        keywords = {**common_keywords(p), **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
             tiles = -(-int(p.m) // config.block_m) * -(-p.n // config.block_n)

@@ -13,20 +13,21 @@ from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
 
 def _fits(p: Problem, card: Card) -> bool:
-    return p.layout == "plain"
+    return p.layout in ("plain", "wgmma")
 
 
 def _adapt(p: Problem, config: Config) -> Config | None:
     # fp32 operands are four times an int8's bytes in shared memory; tl.dot wants at least 32 of K for int8
     block_k = min(config.block_k, 32 if p.x.get_dtype() == torch.float32 else config.block_k, 1 << (p.k - 1).bit_length())
-    block_k = max(32, block_k if p.groups == 1 else min(block_k, p.group_size))
+    least = 64 if p.layout == "wgmma" else 32
+    block_k = max(least, block_k if p.groups == 1 else min(block_k, p.group_size))
     if p.zero is not None and p.groups == 1 and config.split_k != 1:
         return replace(config, block_k=block_k, split_k=1)  # the sums of x are not shared by the programs of a tile
     return replace(config, block_k=block_k)
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return {"EVEN_K": p.k % config.block_k == 0}
+    return {"EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma"}
 
 
 CONFIGS = (
