@@ -39,8 +39,12 @@ def default(p: Problem, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Conf
 
 def search(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[Kernel, Config]]:
     """Every config of every kernel that can run, each once."""
-    found = ((kernel, kernel.config(p, card, config)) for kernel in kernels for config in kernel.configs)
-    return list(dict.fromkeys((kernel, config) for kernel, config in found if config is not None))
+    found: dict[tuple[str, Config], tuple[Kernel, Config]] = {}
+    for kernel in kernels:
+        for wanted in kernel.configs:
+            if (config := kernel.config(p, card, wanted)) is not None:
+                found.setdefault((kernel.template, config), (kernel, config))
+    return list(found.values())
 
 
 def _select(

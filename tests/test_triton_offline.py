@@ -29,7 +29,7 @@ WANTED = {
 def test_compiles_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
     for m in (1, 256):
         rendered = offline.render(scheme, m, 256, 576, torch.bfloat16, arch=arch)
-        ptx = offline.assemble(rendered["code"], tmp_path, arch).asm["ptx"]
+        ptx = offline.assemble(rendered.code, tmp_path, arch).asm["ptx"]
         assert re.search(WANTED[scheme][arch], ptx), (m, sorted(set(re.findall(r"(?:wgmma|mma)\.\S+", ptx))))
         assert ".local" not in ptx, "registers spill"
         assert arch == 80 or m == 1 or "wgmma.mma_async" in ptx
@@ -45,7 +45,8 @@ CASES = [
     ("int4wo-row-asym", "float16", 2, 33, 65), ("int8dq-int4w-32-asym-asymact", "float32", 5, 33, 129),
     ("int8dq-int4w-asym-asymact", "float16", 3, 33, 65),
 ]
-CASES = [(*case, "None") for case in CASES] + FORCED
+FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
+CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED
 RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import pathlib, torch, offline
@@ -53,12 +54,12 @@ torch.manual_seed(0)
 from aoquant_inductor.templates import Config, linear
 for scheme, dtype, m, n, k, config in {cases!r}:
     config = eval(config)
-    r = offline.render(scheme, m, n, k, getattr(torch, dtype), config=config and (linear.KERNEL, config))
-    name, source, signature, _ = offline.kernel(r["code"])
+    r = offline.render(scheme, m, n, k, getattr(torch, dtype), config=config and (linear.GENERAL, config))
+    name, source, signature, _ = offline.kernel(r.code)
     y = torch.full((m, n), float("nan"), dtype=getattr(torch, dtype))
     args, grid = offline.call(r, name, y)
     offline.load(name, source, pathlib.Path({tmp!r}))[grid](*args)
-    want = r["expected"].double()
+    want = r.expected.double()
     noise = float((y.double() - want).square().sum()); signal = float(want.square().sum())
     assert noise <= signal * 10 ** -5.5, (scheme, dtype, noise / signal)
     print("right", scheme)

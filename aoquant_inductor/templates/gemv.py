@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ def _fits(p: Problem, card: Card) -> bool:
 
 
 def _adapt(p: Problem, config: Config) -> Config | None:
-    return None if p.k % config.block_k else config
+    """block_m is what the rows need, whatever the config says."""
+    return None if p.k % config.block_k else replace(config, block_m=1 << (int(p.m) - 1).bit_length())
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return {"ROWS": ir.static(p.m), "WGMMA": p.layout == "wgmma"}
+    return {"ROWS": ir.static(p.m), "WGMMA": p.layout == "wgmma", "SUM16": True}
 
 
 CONFIGS = (Config(1, 8, 512, 1, 1), Config(1, 4, 1024, 2, 1))

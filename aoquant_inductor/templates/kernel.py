@@ -26,7 +26,8 @@ class Config:
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
     each a part of K; FILL is as many as give every multiprocessor one. carried: accumulators stay in the loop although a
-    converted weight feeds the tensor core from registers, which ptxas before SAFE_PTXAS may miscompile. extra: further constants.
+    converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. extra: further
+    constants.
     """
 
     block_m: int
@@ -68,11 +69,12 @@ class Default:
 
 @dataclass(frozen=True)
 class Kernel:
-    """fits: whether it can do a problem at all. configs: what a search tries. defaults: the first that covers the problem is
-    taken without one. adapt: a config made right for a problem, or None if it cannot be. keywords: constants by the problem.
+    """template: the stem of its source; kernels may share one. fits: whether it can do a problem at all. configs: what a search
+    tries. defaults: the first that covers the problem is taken without one. keywords: constants by the problem. adapt: a config
+    made right for a problem, or None if it cannot be.
     """
 
-    name: str
+    template: str
     fits: Callable[[Problem, Card], bool]
     configs: tuple[Config, ...]
     defaults: tuple[Default, ...]
@@ -82,7 +84,7 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, within the card's shared memory; None if it cannot."""
         config = self.adapt(p, wanted)
-        if wanted.carried and 0 < card.arch and card.ptxas < SAFE_PTXAS:
+        if wanted.carried and card.arch > 0 and card.ptxas < SAFE_PTXAS:
             return None
         if config is None or _shared(p, config) > card.shared:
             return None
@@ -109,8 +111,8 @@ class Kernel:
             tiles = -(-int(p.m) // config.block_m) * -(-p.n // config.block_n)
             scratch = 4 * config.split_k * tiles * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
-        label = f"Triton {self.name} {kind} {config}"
-        return inductor.TritonChoice(label, template(self.name), keywords, scratch)
+        label = f"Triton {self.template} {kind} {config}"
+        return inductor.TritonChoice(label, template(self.template), keywords, scratch)
 
 
 def _shared(p: Problem, config: Config) -> int:
