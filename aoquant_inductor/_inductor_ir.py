@@ -1,4 +1,4 @@
-"""The second half of `_inductor`: the private building blocks of Inductor's IR that our lowerings are made of."""
+"""The second part of `_inductor`: the private building blocks of Inductor's IR that our lowerings are made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -107,57 +108,46 @@ def cpp_template(
     return node
 
 
-def triton_template(name: str, source: str) -> Any:
-    """A template whose grid is the tiles of y[M, N]; names are global to the process."""
-    (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
-    (grid,) = private("torch._inductor.kernel.mm_common", "mm_grid")
-    return template(name=name, grid=grid, source=source)
-
-
-def triton_choices(
-    template: Any, name: str, inputs: Sequence[IR], size: Sequence[Expr], dtype: torch.dtype, device: torch.device,
-    choices: Sequence[dict[str, Any]],
-) -> IR:
-    """y of `size` by the fastest of the template's configs, measured when there is more than one."""
-    (ir,) = private("torch._inductor", "ir")
-    (select,) = private("torch._inductor.select_algorithm", "autotune_select_algorithm")
-    nodes = [ir.ExternKernel.realize_input(realize(node)) for node in inputs]
-    layout = ir.FixedLayout(device, dtype, list(size))
-    callers: list[Any] = []
-    errors = [template.maybe_append_choice(callers, input_nodes=nodes, layout=layout, **choice) for choice in choices]
-    if not callers:
-        raise NotImplementedError(f"{name}: no config compiles: {errors}")
-    result = select(name, callers, nodes, layout)
-    return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.12 on
-
-
 def searching() -> bool:
     """Whether this compile asked for autotuning."""
     (config,) = private("torch._inductor", "config")
     return bool(config.max_autotune or config.max_autotune_gemm)
 
 
-Range = tuple[int, int | None]
-"""The first and the last M (None: no last) that a graph is compiled for."""
-_rows: contextvars.ContextVar[Range | None] = contextvars.ContextVar("aoquant_rows", default=None)
+@dataclass(frozen=True)
+class Range:
+    """A graph is compiled for first <= M <= last (None: no last), M the symbolic `rows` of most of its linears."""
+
+    rows: sympy.Expr
+    first: int
+    last: int | None
+
+
+_within: contextvars.ContextVar[Range | None] = contextvars.ContextVar("aoquant_rows", default=None)
 
 
 @contextlib.contextmanager
 def rows_within(within: Range | None) -> Iterator[None]:
     """What is lowered inside is for these M."""
-    token = _rows.set(within)
+    token = _within.set(within)
     try:
         yield
     finally:
-        _rows.reset(token)
+        _within.reset(token)
+
+
+def most_rows(m: Expr) -> int | None:
+    """No call has a larger M; None where nobody knows."""
+    within = _within.get()
+    if (known := static(m)) is not None or within is None or m != within.rows:
+        return known
+    return within.last
 
 
 def rows_hint(m: Expr) -> int:
-    """The M to choose a kernel for: the last of the range that the graph is for, since it must do that one, too."""
-    value, within = size_hint(m), _rows.get()
-    if static(m) is None and within is not None and within[1] is not None and within[0] <= value:
-        return within[1]
-    return value
+    """The M to choose a kernel for: the largest where there is one, since it must do that one, too."""
+    most = most_rows(m)
+    return size_hint(m) if most is None else most
 
 
 def size_hint(size: Expr) -> int:

@@ -108,7 +108,7 @@ def _decide(tensor: torch.Tensor, names: rewrite.Names, opts: options_module.Opt
 def _pack(weight: torch.Tensor, layer: Layer, scheme: Scheme | None) -> tuple[Layer, Entry | None]:
     if scheme is None:
         return layer, None
-    layout = packing.choose(scheme, weight.device, weight.dtype)
+    layout = packing.choose(scheme, weight.device, weight.dtype, weight.shape)
     try:
         entry, packed, sqnr = STORE.pack(weight, scheme, layout)
     except qparams.NonFinite as error:

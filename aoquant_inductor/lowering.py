@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from aoquant_inductor import _inductor_choices as inductor
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
@@ -52,7 +53,7 @@ def recording() -> Iterator[Kernels]:
 
 
 def _lower(problem: Problem) -> Any:
-    tries = (*BACKENDS.get(problem.device.type, ()), portable.linear)
+    tries = (*(() if inductor.measuring() else BACKENDS.get(problem.device.type, ())), portable.linear)
     name, result = next(found for backend in tries if (found := backend(problem)) is not None)
     kernels = _recording.get()
     if kernels is not None:

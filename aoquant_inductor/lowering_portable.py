@@ -19,6 +19,8 @@ F32 = torch.float32
 
 def _integers(p: Problem) -> Any:
     """w_q[N, K] as a pointwise node over the plain layout, int8."""
+    if p.layout == "wgmma":
+        return _wgmma(p)
     if p.bits == 8:
         return p.w
     load = p.w.make_loader()
@@ -29,6 +31,17 @@ def _integers(p: Problem) -> Any:
         shift = ops.index_expr(ir.modulo(k, 2) * 4, torch.int32)
         nibble = ops.bitwise_and(ops.bitwise_right_shift(byte, shift), ops.constant(15, torch.int32))
         return ops.to_dtype(ops.sub(nibble, ops.constant(8, torch.int32)), torch.int8)
+
+    return ir.pointwise((p.n, p.k), torch.int8, p.device, body)
+
+
+def _wgmma(p: Problem) -> Any:
+    load = p.w.make_loader()
+
+    def body(ops: Any, index: Any) -> Any:
+        n, k = index
+        a, b, c, d = (ir.modulo(ir.floor_div(k, step), size) for step, size in ((16, 4), (8, 2), (2, 4), (1, 2)))
+        return load((n, ir.floor_div(k, 64) * 64 + 16 * c + 4 * a + 2 * b + d))
 
     return ir.pointwise((p.n, p.k), torch.int8, p.device, body)
 

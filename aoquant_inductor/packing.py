@@ -3,6 +3,7 @@
 | layout     | w                                                         | scale, zero                                  |
 |------------|-----------------------------------------------------------|----------------------------------------------|
 | `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
+| `wgmma`    | int8 [N, K], K in the order of `_wgmma_order`              | [G, N], as quantized                         |
 | `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
 | `cpu_vnni` | packing_cpu.py, for vpdpbusd                              | the same                                     |
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from aoquant_inductor import packing_cpu, qparams
+from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized
 from aoquant_inductor.scheme import DTYPES, Scheme
 
@@ -84,6 +86,24 @@ def _plain_unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor
     return torch.stack((w & 15, w >> 4), -1).reshape(n, -1)[:, :k].view(torch.int8) - 8
 
 
+def _wgmma_order(w: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """w[N, K] with k = 16a + 8b + 2c + d of every 64 at 16c + 4a + 2b + d: the 16 bytes that one thread of a warpgroup holds of
+    its register operand are neighbours. Hopper's, of the 16-bit types. `back` undoes it.
+    """
+    n, k = w.shape
+    sizes, order = ((4, 4, 2, 2), (0, 1, 3, 4, 2, 5)) if back else ((4, 2, 4, 2), (0, 1, 4, 2, 3, 5))
+    return w.reshape(n, k // 64, *sizes).permute(order).reshape(n, k)
+
+
+def _wgmma_pack(quantized: Quantized, sums: bool) -> Packed:
+    plain = _plain_pack(quantized, sums)
+    return replace(plain, w=_wgmma_order(plain.w).contiguous(), layout="wgmma")
+
+
+def _wgmma_unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
+    return _wgmma_order(w, back=True)
+
+
 def _cpu(kind: str) -> Layout:
     def pack(quantized: Quantized, sums: bool) -> Packed:
         spec, (n, k) = quantized.spec, quantized.w_q.shape
@@ -105,13 +125,20 @@ def _cpu(kind: str) -> Layout:
     return Layout(pack, unpack, packing_cpu.COLUMNS)
 
 
-LAYOUTS = {"plain": Layout(_plain_pack, _plain_unpack, 1), "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni")}
+LAYOUTS = {
+    "plain": Layout(_plain_pack, _plain_unpack, 1), "wgmma": Layout(_wgmma_pack, _wgmma_unpack, 1),
+    "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni"),
+}
 
 
-def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype) -> str:
-    """The layout of a weight of `dtype` on `device`."""
+def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """The layout of a weight[N, K] of `dtype` on `device`: one that serves every M."""
     if device.type == "cpu" and packing_cpu.available():
         return "cpu_bf16" if scheme.activation is None else "cpu_vnni"
+    if device.type == "cuda" and Card.of(device).arch == 90 and dtype in (torch.bfloat16, torch.float16):
+        spec, k = scheme.weight, shape[1]
+        if spec.bits == 8 and scheme.activation is None and k % 64 == 0 and (spec.group_size or k) % 64 == 0:
+            return "wgmma"
     return "plain"
 
 

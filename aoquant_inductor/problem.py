@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -79,3 +79,25 @@ class Problem:
     @property
     def dynamic(self) -> bool:
         return self.x_scale is not None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The nodes that this problem has, by their names in every kernel (templates/common.jinja)."""
+        sums = None if self.x_zero is None else self.sums
+        named = {
+            "X": self.x, "W": self.w, "WS": self.scale, "XS": self.x_scale, "XZ": self.x_zero, "WSUM": sums,
+            "WZ": self.zero, "BIAS": self.bias,
+        }
+        return {name: node for name, node in named.items() if node is not None}
+
+    def call(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The op itself over tensors in the order of `inputs`; what follows them is ignored."""
+        t = dict(zip(self.inputs, tensors, strict=False))
+        weight = (t["W"], t["WS"], t.get("WZ"))
+        op = torch.ops.aoquant
+        if self.dynamic:
+            left = (t["X"], t["XS"], t.get("XZ"))
+            y = op.linear_dynamic(*left, *weight, t.get("WSUM"), t.get("BIAS"), *self.key, self.out_dtype)
+        else:
+            y = op.linear_wo(t["X"], *weight, t.get("BIAS"), *self.key)
+        return cast(torch.Tensor, y)

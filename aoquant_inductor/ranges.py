@@ -47,7 +47,8 @@ def compile_graph(
     rows = None if expr is None else shapes.evaluator(expr, shapes.symbols(gm.graph))
     if rows is None:
         return build(inputs, None)
-    graphs = _Graphs(gm.graph, len(packs), rows, bounds, build, note)
+    assert expr is not None
+    graphs = _Graphs(gm.graph, len(packs), expr, rows, bounds, build, note)
     graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
     return graphs.call
 
@@ -62,11 +63,11 @@ class _Graphs:
     """The Inductor graphs of one rewritten graph, by range of M; one that is missing is compiled when a call needs it."""
 
     def __init__(
-        self, graph: fx.Graph, packs: int, rows: Callable[[Sequence[Any]], int], bounds: tuple[int, ...],
+        self, graph: fx.Graph, packs: int, expr: sympy.Expr, rows: Callable[[Sequence[Any]], int], bounds: tuple[int, ...],
         build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
     ) -> None:
-        """packs: how many of the graph's inputs are. rows: inputs -> M. bounds: the last M of every range but the last."""
-        self.graph, self.packs = graph, packs
+        """packs: how many of the graph's inputs are. rows: inputs -> M, expr. bounds: the last M of all ranges but the last."""
+        self.graph, self.packs, self.expr = graph, packs, expr
         self.rows, self.bounds, self.build, self.note = rows, bounds, build, note
         self.compiled: list[Compiled | None] = [None] * (len(bounds) + 1)
         self.lock = threading.Lock()
@@ -80,7 +81,7 @@ class _Graphs:
         return bisect.bisect_left(self.bounds, self.rows(args))
 
     def range(self, index: int) -> ir.Range:
-        return (0, *self.bounds)[index] + 1, (*self.bounds, None)[index]
+        return ir.Range(self.expr, (0, *self.bounds)[index] + 1, (*self.bounds, None)[index])
 
     def call(self, *args: Any) -> Any:
         index = self.index(args)

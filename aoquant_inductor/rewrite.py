@@ -149,7 +149,7 @@ class Site:
     @property
     def layout(self) -> str:
         assert self.scheme is not None
-        return packing.choose(self.scheme, self.value.device, self.out_dtype)
+        return packing.choose(self.scheme, self.value.device, self.out_dtype, self.value.shape)
 
     @property
     def key(self) -> WeightKey | None:

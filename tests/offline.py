@@ -5,19 +5,21 @@ torch.cuda and Triton's driver are replaced by the little of them that Inductor 
 
 from __future__ import annotations
 
-import ast
 import collections
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from aoquant_inductor import lowering, packing, qparams
+from aoquant_inductor import packing, qparams
 from aoquant_inductor.scheme import SCHEMES
+from aoquant_inductor.templates import Config, Kernel
+from benchmarks import render as render_module
+from benchmarks.render import Rendered, call, kernel, load
+
+__all__ = ["assemble", "call", "kernel", "load", "pretended_gpu", "render"]
 
 Properties = collections.namedtuple(
     "Properties",
@@ -82,95 +84,24 @@ def pretended_gpu(arch: int = 90) -> Iterator[None]:
         yield
 
 
-def _operands(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool) -> tuple[Any, Any, dict[str, Any]]:
-    """(op, its arguments as a function of the tensors, the tensors by name) for one linear, real values on the CPU."""
+def _operands(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+    """(the op as a function of tensors by name, real tensors) for one linear on the CPU."""
     choice = SCHEMES[scheme]
     weight = torch.randn(n, k).to(dtype)
-    p = packing.pack(qparams.quantize(weight, choice.weight), choice, "plain")
+    p = packing.pack(qparams.quantize(weight, choice.weight), choice, packing.choose(choice, torch.device("cuda", 0), dtype, (n, k)))
     x = torch.randn(m, k).to(dtype)
-    tensors = {"w": p.w, "scale": p.scale, "zero": p.zero, "sums": p.sums, "bias": torch.randn(n).to(dtype) if bias else None}
-    if choice.activation is None:
-        call = lambda t: torch.ops.aoquant.linear_wo(t["x"], t["w"], t["scale"], t["zero"], t["bias"], *p.key)  # noqa: E731
-        return p, call, {"x": x, **tensors}
-    quantized = (qparams.quantize_per_token if choice.activation.symmetric else qparams.quantize_per_token_asym)(x)
-    tensors |= dict(zip(("x", "x_scale", "x_zero"), (*quantized, None), strict=False))
-    call = lambda t: torch.ops.aoquant.linear_dynamic(  # noqa: E731
-        t["x"], t["x_scale"], t["x_zero"], t["w"], t["scale"], t["zero"], t["sums"], t["bias"], *p.key, dtype
-    )
-    return p, call, tensors
+    return render_module.linear(p, x, torch.randn(n).to(dtype) if bias else None, choice)
 
 
-def render(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90) -> dict[str, Any]:
-    """Inductor's text of one linear: {"code": wrapper module, "tensors": real CPU operands, "expected": y[M, N]}."""
-    from torch._inductor import config
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    lowering.install()
-    _, call, tensors = _operands(scheme, m, n, k, dtype, bias)
-    present = {name: t for name, t in tensors.items() if t is not None}
-    expected = call({**tensors})
+def render(
+    scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
+    config: tuple[Kernel, Config] | None = None,
+) -> Rendered:
+    """One linear with real CPU operands and the reference's result; `config`: the kernel and config to take, not the default."""
     with pretended_gpu(arch):
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake:
-            inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in present.values()]
-
-            def run(*args: torch.Tensor) -> tuple[torch.Tensor]:
-                return (call({**dict.fromkeys(tensors), **dict(zip(present, args, strict=True))}),)
-
-            gm = make_fx(run, tracing_mode="real")(*inputs)
-        with config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake):
-            graph = GraphLowering(gm, shape_env=None, example_inputs=inputs, is_inference=True)
-            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
-                graph.run(*inputs)
-                if graph.wrapper_code is None:
-                    graph.init_wrapper_code()
-                graph._update_scheduler()
-                graph.scheduler.codegen()
-                code = graph.wrapper_code.generate(graph.is_inference)[0]
-    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
-    return {"code": getattr(code, "value", code), "tensors": present, "names": names, "expected": expected}
-
-
-def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:
-    """(name, Python source, signature, {num_warps, num_stages}) of the template's kernel in a rendered module."""
-    match = re.search(r"async_compile\.triton\('(triton_tem\w+)', '''(.*?)''', device_str", code, re.S)
-    if match is None:
-        raise AssertionError("our template did not run:\n" + code)
-    name, text = match.groups()
-    signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", text, re.S).group(1))  # type: ignore[union-attr]
-    options = {key: int(re.search(rf"{key}=(\d+)", text).group(1)) for key in ("num_warps", "num_stages")}  # type: ignore[union-attr]
-    return name, text[text.index("@triton.jit") :], signature, options
-
-
-def call_order(code: str, name: str) -> tuple[list[str], tuple[int, ...]]:
-    """(the kernel's arguments by the names of the graph's inputs; the output is none of them, the grid)."""
-    match = re.search(rf"{name}\.run\(([^)]*?)(?:, stream=|\))", code)
-    if match is None:
-        raise AssertionError(f"{name} is not called:\n{code}")
-    arguments = [argument.strip() for argument in match.group(1).split(",") if argument.strip()]
-    return arguments[:-3], tuple(int(size) for size in arguments[-3:])
-
-
-PRELUDE = """import triton
-import triton.language as tl
-from torch._inductor.runtime import triton_helpers
-from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
-"""
-
-
-def load(name: str, source: str, folder: Any) -> Any:
-    """The kernel as a Python object; Triton reads the source again from a real file."""
-    import importlib.util
-
-    path = folder / f"{name}_{abs(hash(source))}.py"
-    path.write_text(PRELUDE + source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return getattr(module, name)
+        call, tensors = _operands(scheme, m, n, k, dtype, bias)
+    with pretended_gpu(arch):
+        return render_module.render(call, tensors, config)
 
 
 def assemble(code: str, folder: Any, arch: int = 90) -> Any:

@@ -69,6 +69,8 @@ NEVER = {
     "lowering": ("patterns", "rewrite", "backend", "weights", "api"),
     "lowering_cpu": ("patterns", "rewrite", "backend", "weights", "ops"),
     "lowering_portable": ("patterns", "rewrite", "backend", "weights", "ops"),
+    "lowering_triton": ("patterns", "rewrite", "backend", "weights", "ops"),
+    "templates": ("patterns", "rewrite", "backend", "weights", "ops", "lowering", "lowering_triton", "lowering_portable"),
     "rewrite": ("lowering", "lowering_cpu", "lowering_portable", "problem", "backend", "_inductor_ir"),
     "ops": ("patterns", "rewrite", "lowering", "backend", "weights", "_inductor"),
     "qparams": ("ops", "packing", "patterns", "rewrite", "lowering", "backend", "_inductor"),

@@ -197,7 +197,7 @@ def test_resident_and_peak(scheme: str, ratio: float) -> None:
     def pack() -> None:
         layers = [nn.Linear(1024, 1024, bias=False, dtype=BF16) for _ in range(6)]
         for i, layer in enumerate(layers):
-            layout = packing.choose(resolve(scheme), torch.device("cpu"), BF16)
+            layout = packing.choose(resolve(scheme), torch.device("cpu"), BF16, layer.weight.shape)
             entry, _, _ = STORE.pack(layer.weight, resolve(scheme), layout)
             assert entry.let_go(weights.Release(str(i), False))
         held.extend(layers)

@@ -55,7 +55,8 @@ def test_content_json_and_recompiles(caplog: pytest.LogCaptureFixture) -> None:
     data = json.loads(first.to_json())
     assert data["version"] == 1
     assert data["totals"] == first.totals
-    again = [Layer(**one | {"aliases": tuple(one["aliases"]), "shape": tuple(one["shape"])}) for one in data["layers"]]
+    tuples = ("aliases", "shape", "siblings")
+    again = [Layer(**one | {key: tuple(one[key]) for key in tuples}) for one in data["layers"]]
     assert again == [a, b]
     assert data["layers"][0]["sqnr_db"] == asdict(a)["sqnr_db"]
     with torch.inference_mode():

@@ -68,7 +68,7 @@ def from_pack(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """float64 [N, K] of the pack that the compiled graphs share."""
     from aoquant_inductor.weights import STORE
 
-    _, packed, _ = STORE.pack(weight, scheme, packing.choose(scheme, weight.device, weight.dtype))
+    _, packed, _ = STORE.pack(weight, scheme, packing.choose(scheme, weight.device, weight.dtype, weight.shape))
     n, k = packed.shape
     q = packing.unpack(packed.w, k, n, packed.w_dtype, packed.layout)
     zero = None if packed.zero is None else packed.zero[:, :n]

@@ -1,0 +1,141 @@
+"""The third part of `_inductor`: Triton templates and references as the choices of one autotuning."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from aoquant_inductor._inductor import plain_tensors, private
+from aoquant_inductor._inductor_ir import IR, Expr, aten, realize
+
+
+def triton_template(name: str, source: str) -> Any:
+    """A template whose grid is (tiles of y[M, N], SPLIT_K); names are global to the process."""
+    (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
+    (symbolic,) = private("torch._inductor.select_algorithm", "SymbolicGridFn")
+
+    def grid(m: Expr, n: Expr, meta: dict[str, Any], *, cdiv: Callable[[Expr, int], Expr]) -> tuple[Expr, int, int]:
+        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), meta.get("SPLIT_K", 1), 1
+
+    return template(name=name, grid=symbolic(grid), source=source)
+
+
+@dataclass(frozen=True)
+class TritonChoice:
+    """One config of one template. `scratch`: bytes of a workspace, `ws_ptr` in the kernel, that starts with anything in it."""
+
+    label: str
+    template: Any
+    keywords: dict[str, Any]
+    scratch: int = 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The same result in Inductor's own IR, as a choice: `call` over tensors is measured, `build` is what the graph gets."""
+
+    call: Callable[..., torch.Tensor]
+    build: Callable[[], tuple[str, IR]]
+
+
+_measuring: contextvars.ContextVar[bool] = contextvars.ContextVar("aoquant_measuring", default=False)
+
+
+def measuring() -> bool:
+    """Whether what is lowered now is a reference being measured, which must not choose again."""
+    return _measuring.get()
+
+
+def _reference(name: str, nodes: Sequence[IR], layout: Any, reference: Reference, note: Callable[[str], None]) -> Any:
+    (base,) = private("torch._inductor.codegen.subgraph", "SubgraphChoiceCaller")
+    (make_fx,) = private("torch.fx.experimental.proxy_tensor", "make_fx")
+
+    class Caller(base):  # type: ignore[misc, valid-type]
+        def benchmark(self, *args: Any, out: torch.Tensor) -> Any:
+            token = _measuring.set(True)
+            try:
+                return super().benchmark(*args, out=out)
+            finally:
+                _measuring.reset(token)
+
+        def output_node(self) -> IR:
+            label, node = reference.build()
+            note(label)
+            return node
+
+    return Caller(
+        name=f"{name}_portable", input_nodes=nodes, layout=layout, description="",
+        make_fx_graph=lambda *tensors: make_fx(lambda *args: (reference.call(*args),))(*tensors),
+    )
+
+
+def select(
+    name: str, inputs: Sequence[IR], size: Sequence[Expr], dtype: torch.dtype, device: torch.device,
+    choices: Sequence[TritonChoice], references: Sequence[Reference] = (),
+) -> tuple[str, IR]:
+    """(label, y of `size`) by the fastest choice, measured when there is more than one. Every choice gets all the inputs."""
+    (ir,) = private("torch._inductor", "ir")
+    (algorithm,) = private("torch._inductor.select_algorithm", "autotune_select_algorithm")
+    nodes = [ir.ExternKernel.realize_input(realize(node)) for node in inputs]
+    layout = ir.FixedLayout(device, dtype, list(size))
+    callers: list[Any] = []
+    errors: list[Any] = []
+    taken: list[str] = []
+    for choice in choices:
+        count = len(callers)
+        workspace = {"workspace_arg": _workspace(choice.scratch, device)} if choice.scratch else {}
+        errors.append(
+            choice.template.maybe_append_choice(callers, input_nodes=nodes, layout=layout, **choice.keywords, **workspace)
+        )
+        for caller in callers[count:]:
+            caller.output_node = _noted(caller.output_node, choice.label, taken)
+    callers += [_reference(name, nodes, layout, reference, taken.append) for reference in references]
+    if not callers:
+        raise NotImplementedError(f"{name}: no config compiles: {errors}")
+    result = algorithm(name, callers, nodes, layout)
+    return taken[-1], result[0] if isinstance(result, tuple) else result  # a pair from torch 2.12 on
+
+
+def _noted(output_node: Callable[[], IR], label: str, taken: list[str]) -> Callable[[], IR]:
+    """output_node that says that its choice was taken: torch 2.11 returns the node alone."""
+
+    def noted() -> IR:
+        taken.append(label)
+        return output_node()
+
+    return noted
+
+
+def _workspace(size: int, device: torch.device) -> Any:
+    argument, mode = private("torch._inductor.codegen.common", "WorkspaceArg", "WorkspaceZeroMode")
+    return argument(
+        count=sympy.Integer(size), zero_mode=mode.UNINITIALIZED, device=device, outer_name=argument.unique_name()
+    )
+
+
+COUNTERS = 4096
+
+
+def counters(device: torch.device) -> IR:
+    """int32[COUNTERS] of zeros, the same for all kernels of a graph, each of which leaves them at zero.
+
+    Under CUDA graphs, whose replays share memory and so never run at the same time, a constant that nobody fills again;
+    otherwise filled once per call, so that calls on two streams have their own.
+    """
+    config, virtualized = private("torch._inductor", "config", "virtualized")
+    graph = virtualized.V.graph
+    known: dict[torch.device, IR] = graph.__dict__.setdefault("_aoquant_counters", {})
+    if device not in known:
+        if config.triton.cudagraphs:
+            with plain_tensors(), torch.utils._python_dispatch._disable_current_modes():
+                zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+            known[device] = graph.add_tensor_constant(zeros, name="aoquant_counters")
+        else:
+            full = torch.ops.aten.full.default
+            known[device] = realize(aten(full, [COUNTERS], 0, dtype=torch.int32, device=device))
+    return known[device]

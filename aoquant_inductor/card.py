@@ -1,0 +1,55 @@
+"""What a kernel is chosen by besides its problem: the card, and the assembler that makes its machine code."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+UNKNOWN = (0, 0)
+
+
+@dataclass(frozen=True)
+class Card:
+    """`arch`: 90 for sm_90, 0 where it is not NVIDIA's; `sms`: multiprocessors; `shared`: bytes of shared memory a program may
+    have; `ptxas`: the version Triton assembles with, UNKNOWN (older than every other) where it cannot be told.
+    """
+
+    arch: int
+    sms: int
+    shared: int
+    ptxas: tuple[int, int]
+
+    @classmethod
+    def of(cls, device: torch.device) -> Card:
+        if device.type == "cuda":
+            card = torch.cuda.get_device_properties(device)
+            shared = getattr(card, "shared_memory_per_block_optin", 0) or 64 << 10
+            arch = 0 if torch.version.hip else 10 * card.major + card.minor
+            return cls(arch, card.multi_processor_count, shared, ptxas_version(arch) if arch else UNKNOWN)
+        if device.type == "xpu":
+            return cls(0, getattr(torch.xpu.get_device_properties(device), "gpu_subslice_count", 64), 64 << 10, UNKNOWN)
+        raise ValueError(f"no Triton kernels for {device}.")
+
+
+def ptxas_version(arch: int) -> tuple[int, int]:
+    """(13, 5) for the ptxas that Triton uses for sm_<arch>: its own, or what TRITON_PTXAS_PATH names."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return _version(get_ptxas(arch).path)
+    except (ImportError, AttributeError, RuntimeError):
+        return UNKNOWN
+
+
+@functools.cache
+def _version(path: str) -> tuple[int, int]:
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return UNKNOWN
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found.group(1)), int(found.group(2))) if found else UNKNOWN

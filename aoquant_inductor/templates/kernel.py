@@ -1,0 +1,135 @@
+"""What a Triton kernel is to the lowering: a frozen value, its configs as data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aoquant_inductor import _inductor_choices as inductor
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor.card import Card
+from aoquant_inductor.problem import Problem
+
+FOLDER = Path(__file__).parent
+FILL = 0
+ANY = 1 << 62
+MAX_SPLIT = 16
+SAFE_PTXAS = (13, 3)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One program makes block_m x block_n of y in steps of block_k.
+
+    swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
+    each a part of K; FILL is as many as give every multiprocessor one. carried: accumulators stay in the loop although a
+    converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. extra: further
+    constants.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    swap: bool = False
+    split_k: int = 1
+    carried: bool = False
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        words = ["swapped"] * self.swap + ["carried"] * self.carried + [f"split {self.split_k}"] * (self.split_k > 1)
+        return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *words])
+
+    def keywords(self) -> dict[str, Any]:
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
+            "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried,
+            "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
+        }
+
+
+@dataclass(frozen=True)
+class Default:
+    """What default mode takes for M <= upto, N >= n, K >= k on `arch` and later; None is the portable lowering."""
+
+    config: Config | None
+    upto: int = ANY
+    arch: int = 0
+    n: int = 0
+    k: int = 0
+
+    def covers(self, p: Problem, card: Card) -> bool:
+        return bool(ir.rows_hint(p.m) <= self.upto) and card.arch >= self.arch and p.n >= self.n and p.k >= self.k
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """template: the stem of its source; kernels may share one. fits: whether it can do a problem at all. configs: what a search
+    tries. defaults: the first that covers the problem is taken without one. keywords: constants by the problem. adapt: a config
+    made right for a problem, or None if it cannot be.
+    """
+
+    template: str
+    fits: Callable[[Problem, Card], bool]
+    configs: tuple[Config, ...]
+    defaults: tuple[Default, ...]
+    keywords: Callable[[Problem, Config], dict[str, Any]]
+    adapt: Callable[[Problem, Config], Config | None] = lambda p, config: config
+
+    def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
+        """`wanted` as it can run: FILL resolved, within the card's shared memory; None if it cannot."""
+        config = self.adapt(p, wanted)
+        if wanted.carried and card.arch > 0 and card.ptxas < SAFE_PTXAS:
+            return None
+        if config is None or _shared(p, config) > card.shared:
+            return None
+        m = ir.most_rows(p.m)
+        if config.split_k == 1:
+            return config
+        if m is None:  # the counters bound the number of tiles
+            return replace(config, split_k=1) if config.split_k == FILL else None
+        tiles = -(-m // config.block_m) * -(-p.n // config.block_n)
+        steps = -(-p.k // config.block_k)
+        split = config.split_k
+        if split == FILL:
+            split = 1
+            while 2 * split * tiles <= card.sms and 4 * split <= steps and split < MAX_SPLIT:
+                split *= 2
+        if split > steps or (split > 1 and tiles > inductor.COUNTERS):
+            return None
+        return replace(config, split_k=split)
+
+    def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
+        keywords = {**common_keywords(p), **self.keywords(p, config), **config.keywords()}
+        scratch = 0
+        if config.split_k > 1:
+            tiles = -(-(ir.most_rows(p.m) or 0) // config.block_m) * -(-p.n // config.block_n)
+            scratch = 4 * config.split_k * tiles * config.block_m * config.block_n
+        kind = f"W{p.bits}A{8 if p.dynamic else 16}"
+        label = f"Triton {self.template} {kind} {config}"
+        return inductor.TritonChoice(label, template(self.template), keywords, scratch)
+
+
+def _shared(p: Problem, config: Config) -> int:
+    x_bytes = config.block_m * p.x.get_dtype().itemsize
+    return int(config.num_stages * config.block_k * (x_bytes + config.block_n * p.bits // 8))
+
+
+@functools.cache
+def template(name: str) -> Any:
+    """common.jinja's macros, then the kernel."""
+    source = (FOLDER / "common.jinja").read_text() + (FOLDER / f"{name}.py.jinja").read_text()
+    return inductor.triton_template(f"aoquant_{name}", source)
+
+
+def common_keywords(p: Problem) -> dict[str, Any]:
+    """What every kernel may ask of its problem; a template's text is shaped by them."""
+    return {
+        "BITS": p.bits, "GROUPS": p.groups, "GROUP": p.group_size, "DYNAMIC": p.dynamic, "HAS_XZ": p.x_zero is not None,
+        "HAS_WZ": p.zero is not None, "HAS_BIAS": p.bias is not None, "ZERO_POINT_INT": p.zero_point == "int",
+    }

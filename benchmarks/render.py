@@ -1,0 +1,154 @@
+"""Inductor's generated code of one quantized linear, and what it takes to call its kernel: for tests and tuning."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from aoquant_inductor import lowering, lowering_triton, qparams
+from aoquant_inductor._inductor_choices import COUNTERS
+from aoquant_inductor.card import Card
+from aoquant_inductor.packing import Packed
+from aoquant_inductor.scheme import Scheme
+from aoquant_inductor.templates import Config, Kernel
+
+Tensors = dict[str, torch.Tensor]
+Op = Callable[[dict[str, Any]], torch.Tensor]
+
+
+def linear(p: Packed, x: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme) -> tuple[Op, Tensors]:
+    """(the op as a function of tensors by name, those tensors) of y[M, N] = linear(x[M, K], p, bias)."""
+    weight = {"w": p.w, "scale": p.scale, "zero": p.zero, "sums": p.sums, "bias": bias}
+    named: dict[str, torch.Tensor | None]
+    if scheme.activation is None:
+        named = {"x": x, **weight}
+        op: Op = lambda t: torch.ops.aoquant.linear_wo(t["x"], t["w"], t["scale"], t["zero"], t["bias"], *p.key)  # noqa: E731
+    else:
+        quantize = qparams.quantize_per_token if scheme.activation.symmetric else qparams.quantize_per_token_asym
+        named = dict(zip(("x", "x_scale", "x_zero"), (*quantize(x), None), strict=False)) | weight
+        op = lambda t: torch.ops.aoquant.linear_dynamic(  # noqa: E731
+            t["x"], t["x_scale"], t["x_zero"], t["w"], t["scale"], t["zero"], t["sums"], t["bias"], *p.key, x.dtype
+        )
+    present = {name: t for name, t in named.items() if t is not None}
+    return lambda t: op({**dict.fromkeys(named), **t}), present
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """`code`: the wrapper module; `names`: what it calls its inputs, in the order of `tensors`."""
+
+    op: Op
+    tensors: Tensors
+    code: str
+    names: tuple[str, ...]
+
+    @property
+    def expected(self) -> torch.Tensor:
+        return self.op(self.tensors)
+
+
+def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None) -> Rendered:
+    """The op over `tensors`, alone in a graph on the current GPU; `config`: the kernel and config to take, not the default."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    lowering.install()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
+        graph_of = make_fx(lambda *args: (op(dict(zip(tensors, args, strict=True))),), tracing_mode="real")
+        gm = graph_of(*inputs)
+    with (
+        inductor_config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake),
+        _forced(*config) if config else contextlib.nullcontext(),
+    ):
+        graph = GraphLowering(gm, shape_env=None, example_inputs=inputs, is_inference=True)
+        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+            graph.run(*inputs)
+            if graph.wrapper_code is None:
+                graph.init_wrapper_code()
+            graph._update_scheduler()
+            graph.scheduler.codegen()
+            code = graph.wrapper_code.generate(graph.is_inference)[0]
+    names = tuple(node.target for node in gm.graph.find_nodes(op="placeholder"))
+    return Rendered(op, tensors, getattr(code, "value", code), names)
+
+
+class CannotRun(Exception):
+    """The card or the problem is none for this config."""
+
+
+def _forced(kernel: Kernel, config: Config) -> Any:
+    def default(p: Any, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Config]:
+        able = kernel.config(p, card, config) if kernel.fits(p, card) else None
+        if able is None:
+            raise CannotRun(f"{kernel.name} {config}")
+        return kernel, able
+
+    return mock.patch.object(lowering_triton, "default", default)
+
+
+def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:
+    """(name, Python source, signature, {num_warps, num_stages}) of the template's kernel in a rendered module."""
+    match = re.search(r"async_compile\.triton\('(triton_tem\w+)', '''(.*?)''', device_str", code, re.S)
+    if match is None:
+        raise AssertionError("our template did not run:\n" + code)
+    name, text = match.groups()
+    signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", text, re.S).group(1))  # type: ignore[union-attr]
+    options = {key: int(re.search(rf"{key}=(\d+)", text).group(1)) for key in ("num_warps", "num_stages")}  # type: ignore[union-attr]
+    return name, text[text.index("@triton.jit") :], signature, options
+
+
+def call(rendered: Rendered, name: str, y: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+    """(the kernel's arguments: the inputs, zeroed counters, scratch, `y` for the output; the grid)."""
+    inputs = dict(zip(rendered.names, rendered.tensors.values(), strict=True))
+    match = re.search(rf"{name}\.run\(([^)]*?)(?:, stream=|\))", rendered.code)
+    if match is None:
+        raise AssertionError(f"{name} is not called:\n{rendered.code}")
+    words = [word.strip() for word in match.group(1).split(",") if word.strip()]
+
+    def argument(word: str) -> torch.Tensor:
+        if word in inputs:
+            return inputs[word]
+        empty = rf"^ *{word} = empty_strided_cuda\(\((\d+), \), \(1, \), torch.(uint8|int32)\)"
+        if (size := re.search(empty, rendered.code, re.M)) is None:
+            return y
+        if (int(size.group(1)), size.group(2)) == (COUNTERS, "int32"):
+            return torch.zeros(COUNTERS, dtype=torch.int32, device=y.device)
+        return torch.full((int(size.group(1)),), 127, dtype=torch.uint8, device=y.device)
+
+    return [argument(word) for word in words[:-3]], tuple(int(size) for size in words[-3:])
+
+
+PRELUDE = """import triton
+import triton.language as tl
+from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
+"""
+
+
+def load(name: str, source: str, folder: Path) -> Any:
+    """The kernel as a Python object; Triton reads the source again from a real file."""
+    path = folder / f"{name}_{abs(hash(source))}.py"
+    path.write_text(PRELUDE + source)
+    return load_file(path, name)
+
+
+def load_file(path: Path, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return getattr(module, name)

@@ -1,0 +1,190 @@
+"""Kernel configs against each other on this GPU, without a graph around them: what the defaults of templates/ are chosen by.
+
+Every config of every kernel that fits is rendered by Inductor and compiled in parallel processes, checked for equality with
+the reference on integer-valued operands, and timed inside a CUDA graph over copies of the weight that hold more than the L2
+cache. `--space FILE` is Python that defines SPACE, kernel name -> configs, to try instead of the kernels' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import runpy
+import statistics
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aoquant_inductor import packing
+from aoquant_inductor.qparams import Quantized, n_groups
+from aoquant_inductor.scheme import resolve
+from aoquant_inductor.templates import KERNELS, Config
+from benchmarks import measure, render, shapes
+
+COLD_BYTES = 320e6
+Space = Mapping[str, Sequence[Config]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    scheme: str
+    n: int
+    k: int
+    m: int
+
+    def operands(self, device: str) -> tuple[render.Op, render.Tensors]:
+        """Integers as values: every sum below 2**24 is exact in fp32, and the equality of two results means something."""
+        scheme = resolve(self.scheme)
+        spec = scheme.weight
+        groups = n_groups(self.k, spec.group_size)
+        low, high = (-8, 8) if spec.bits == 4 else (-128, 128)
+        w_q = torch.randint(low, high, (self.n, self.k), dtype=torch.int8, device=device)
+        kind = torch.float32 if spec.group_size is None else torch.bfloat16
+        scale = torch.ones(groups, self.n, dtype=kind, device=device)
+        zero = None if spec.symmetric else torch.full((groups, self.n), 1, dtype=torch.int8, device=device)
+        empty = torch.zeros((), device=device)
+        layout = packing.choose(scheme, torch.device("cuda", 0), torch.bfloat16, (self.n, self.k))
+        p = packing.pack(Quantized(w_q, scale, zero, spec, empty, empty), scheme, layout)
+        x = torch.randint(-7, 8, (self.m, self.k), device=device).to(torch.bfloat16)
+        op, tensors = render.linear(p, x, None, scheme)
+        if scheme.activation is not None:
+            tensors["x"].random_(-128, 128)
+            tensors["x_scale"].fill_(1)
+        return op, tensors
+
+
+@dataclass(frozen=True)
+class Built:
+    code: str
+    names: tuple[str, ...]
+    name: str
+    path: Path
+    options: Mapping[str, int]
+
+
+def build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built:
+    """Rendered and compiled into Triton's cache; in a process of its own, with tensors that hold nothing."""
+    op, tensors = problem.operands("meta")
+    rendered = render.render(op, tensors, (next(k for k in reversed(KERNELS) if k.template == kernel), config))
+    name, source, _, options = render.kernel(rendered.code)
+    function = render.load(name, source, folder)
+    y = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device="meta")
+    args, grid = render.call(rendered, name, y)
+    function.warmup(*(a.dtype for a in args), grid=grid, **options)
+    return Built(rendered.code, rendered.names, name, Path(function.fn.__code__.co_filename), options)
+
+
+def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built]]]) -> Iterator[dict[str, Any]]:
+    """A row per config, and one of cuBLAS's bf16."""
+    op, tensors = problem.operands("cuda")
+    expected = op(tensors).clone()
+    w = tensors["w"]
+    copies = [w, *(w.clone() for _ in range(int(COLD_BYTES / w.nbytes) + 1))]
+    dense = [torch.randn(problem.n, problem.k, dtype=torch.bfloat16, device="cuda") for _ in range(max(2, len(copies) // 2))]
+    x = torch.randn(problem.m, problem.k, dtype=torch.bfloat16, device="cuda")
+    base = _time([partial(torch.nn.functional.linear, x, d) for d in dense])
+    del dense
+    yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
+    for kernel, config, future in built:
+        text = f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
+        row = {"kernel": kernel, "config": text}
+        try:
+            b = future.result()
+            y = torch.full((problem.m, problem.n), float("nan"), dtype=torch.bfloat16, device="cuda")
+            args, grid = render.call(render.Rendered(op, tensors, b.code, b.names), b.name, y)
+            launch = partial(render.load_file(b.path, b.name)[grid], **b.options)
+            compiled = launch(*args)
+            torch.cuda.synchronize()
+            wrong = int((y != expected).sum())
+            at = next(i for i, a in enumerate(args) if a is w)
+            rotated = [[*args[:at], c, *args[at + 1 :]] for c in copies]
+            us = _time([partial(launch, *a) for a in rotated])
+            wrong += int((y != expected).sum())  # after many launches on the same counters
+            # int32 to bf16 by way of fp32 rounds twice
+            note = f"WRONG {wrong}" if wrong > (y.numel() // 1000 if "x_scale" in tensors else 0) else ""
+            note += f" regs {compiled.n_regs} spills {compiled.n_spills}"
+            yield {**row, "us": us, "ratio": base / us, "note": note}
+        except render.CannotRun:
+            continue
+        except Exception:
+            why = traceback.format_exc(limit=0).strip()[-160:].replace("\n", " ")
+            yield {**row, "us": float("inf"), "ratio": 0.0, "note": why}
+
+
+def _time(calls: Sequence[Any], reps: int = 7) -> float:
+    """Microseconds per call inside a CUDA graph."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(reps):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def _own(problem: Problem) -> Space:
+    return {k.template: [c for same in KERNELS if same.template == k.template for c in same.configs] for k in KERNELS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--schemes", default="int8wo,int8dq")
+    p.add_argument("--shapes", default=",".join(shapes.DEFAULT_SHAPES["cuda"]), help="comma-separated NxK or names")
+    p.add_argument("--m", default="1,16,64,256,1024,4096")
+    p.add_argument("--space", type=Path, help="Python that defines SPACE(problem) -> kernel name -> configs")
+    p.add_argument("--best", type=int, default=4, help="configs printed per problem")
+    p.add_argument("--csv", type=Path)
+    p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    args = p.parse_args(argv)
+    space = runpy.run_path(str(args.space))["SPACE"] if args.space else _own
+    ms = [int(m) for m in args.m.split(",")]
+    problems = [Problem(s, *shape, m) for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in ms]
+    rows: list[dict[str, Any]] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        built = {
+            problem: [
+                (name, config, pool.submit(build, problem, name, config, Path(folder)))
+                for name, configs in space(problem).items() for config in configs
+            ]
+            for problem in problems
+        }
+        print(f"{measure.card('cuda')[1]}, torch {torch.__version__}: {sum(map(len, built.values()))} configs", flush=True)
+        for problem, futures in built.items():
+            found = sorted(tune(problem, futures), key=lambda row: row["us"])
+            rows += [{**vars(problem), **row} for row in found]
+            print(f"{problem.scheme} {problem.n}x{problem.k} M={problem.m}")
+            for row in [*found[: args.best], *(r for r in found[args.best :] if r["kernel"] == "bf16" or "WRONG" in r["note"])]:
+                print(f"  {row['us']:9.2f} us {row['ratio']:5.2f}x {row['kernel']} {row['config']} {row['note']}", flush=True)
+            torch.cuda.empty_cache()
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
