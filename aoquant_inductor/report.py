@@ -145,7 +145,8 @@ def merge(reports: Iterable[Report]) -> tuple[Layer, ...]:
             if old is None or old.status == SKIPPED or layer.status == QUANTIZED:
                 kernels = {k for k in (old and old.kernel, layer.kernel) if k}
                 kernel = ", ".join(sorted({p for k in kernels for p in k.split(", ")})) or None
-                merged[layer.name] = replace(layer, kernel=kernel)
+                siblings = layer.siblings or (old.siblings if old is not None else ())
+                merged[layer.name] = replace(layer, kernel=kernel, siblings=siblings)
     return tuple(merged.values())
 
 
