@@ -264,6 +264,27 @@ def test_panels_and_row_blocks_are_stitched(lib, bits, group) -> None:
         assert torch.equal(y.double(), x_q.double() @ w.t())
 
 
+@needs_cpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("m", [95, 96, 200])
+def test_many_rows_read_weights_rounded_to_bf16(lib, bits, group, m) -> None:
+    """From 96 rows on a weight in groups is one bf16 number: half a unit of its eighth bit away from q * scale + offset."""
+    torch.manual_seed(m)
+    n, k = 70, 2111  # more than one panel, a ragged last group
+    groups, span = grouped(k, group)
+    w_q, x = random_q(bits, n, k), torch.randn(m, k).bfloat16()
+    n_pad, k_pad = packing_cpu.padded_shape(n, k, group, "cpu_bf16")
+    scale, offset = torch.rand(groups, n_pad) + 0.1, torch.randn(groups, n_pad)
+    packed = packing_cpu.pack_vnni(w_q, bits, k_pad, n_pad, "cpu_bf16")
+    w = dequantize(w_q, scale, offset, span)
+    function = getattr(lib, name(bits, torch.bfloat16, torch.float32, torch.float32))
+    y = run(function, (m, n, k, group), x, (packed, scale, offset), None, torch.float32, 0, True, 1)
+    error, most = (y - x.double() @ w.t()).abs(), x.double().abs() @ (w.abs() + 1).t()
+    assert bool((error <= (2.0**-9 if group and m >= 96 else 2e-6) * most).all())
+    assert not group or m < 96 or bool((error > 2e-6 * most).any()), "the panel did not run"
+
+
 @pytest.mark.parametrize("kind", ["cpu_bf16", "cpu_vnni"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [0, 32, 128])

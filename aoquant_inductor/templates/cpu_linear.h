@@ -7,7 +7,9 @@
 //
 // One loop serves all of them. A tile is MR <= 6 rows by 64 columns, its 4 * MR accumulators stay in registers, and every step reads one piece
 // of each row of x (broadcast) and one row of packed weights, decoded in registers. Decoding runs on the vector ports that the dot products leave
-// free, so weights are decoded again for every tile instead of once into a panel. What differs is in the "kinds": BF16xInt, FP32xInt, I8xInt.
+// free, so few rows decode weights again for every tile. Many rows of bf16 read a panel of bf16 weights that is written once per block of rows:
+// scaled where there are groups, whose scales cost a tile a multiplication per group and accumulator. What differs is in the "kinds": BF16x,
+// FP32xInt, I8xInt.
 //
 // Packed weights, from packing_cpu.py: [n_pad / 64][k_pad / KStep] rows of Decode::Bytes bytes, n_pad = round_up(N, 64), k_pad = G * group when
 // G > 1, else round_up(K, KStep). scale and offset: [G, n_pad]. The decoders below are the definition of a row. M >= 0, N >= 1, K >= 1; x, bias
@@ -109,6 +111,16 @@ template <> struct DecodeBF16<4> {
   }
 };
 
+// A panel that expand() wrote: scaled bf16, nothing left to decode.
+struct DecodePanel {
+  static constexpr int Bits = 16, Bytes = 256;
+  static constexpr float Bias = 0.0f;
+  template <int I> AOQUANT_INLINE void pair(const uint8_t* p, __m512i* b) const {
+    b[0] = _mm512_loadu_si512(p + 128 * I);
+    b[1] = _mm512_loadu_si512(p + 128 * I + 64);
+  }
+};
+
 template <int Bits> struct DecodeU8;  // lanes of four unsigned bytes: k .. k + 3
 
 template <> struct DecodeU8<8> {
@@ -131,12 +143,13 @@ template <> struct DecodeU8<4> {
 
 // ---- kinds: what x is, how one step multiplies, how a row of x is summed ------------------------------------------------------------------------
 
-template <int Bits> struct BF16xInt {
+template <class D> struct BF16x {
   using X = bf16;
   using Staged = bf16;
   using Sum = float;
-  using Decode = DecodeBF16<Bits>;
+  using Decode = D;
   using Acc = __m512;
+  static constexpr bool Expands = true;
   static constexpr int KStep = 2;
   template <int NR> static AOQUANT_INLINE void dot(Acc* acc, const Staged* x, const __m512i* b) {
     const __m512i a = broadcast4(x);
@@ -160,6 +173,7 @@ template <class XT, int Bits> struct FP32xInt {  // XT float or f16; f16 is stag
   using Sum = float;
   using Decode = DecodeBF16<Bits>;
   using Acc = __m512;
+  static constexpr bool Expands = false;
   static constexpr int KStep = 2;
   template <int NR> static AOQUANT_INLINE void dot(Acc* acc, const Staged* x, const __m512i* b) {
     const __m512 a0 = _mm512_set1_ps(x[0]), a1 = _mm512_set1_ps(x[1]);
@@ -183,6 +197,7 @@ template <int Bits> struct I8xInt {
   using Sum = int32_t;
   using Decode = DecodeU8<Bits>;
   using Acc = __m512i;
+  static constexpr bool Expands = false;
   static constexpr int KStep = 4;
   template <int NR> static AOQUANT_INLINE void dot(Acc* acc, const Staged* x, const __m512i* b) {
     const __m512i a = broadcast4(x);
@@ -280,7 +295,7 @@ void accumulate(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, cons
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      acc[0][m][j] = s0 ? load_acc(tile + m * 64 + j * 16, Acc{}) : splat(blk.start[row + m]);
+      acc[0][m][j] = s0 ? load_acc(tile + m * 64 + j * 16, Acc{}) : Kind::Decode::Bias != 0 ? splat(blk.start[row + m]) : Acc{};
       if (Chains == 2) acc[Chains - 1][m][j] = Acc{};
     }
   run_steps<Kind, MR, 0, 4, Chains>(acc, blk.x + row * blk.ldx + s0 * Kind::KStep, blk.ldx, w, s1 - s0);
@@ -336,7 +351,7 @@ void accumulate_groups(const P& p, const Block<Kind>& blk, int64_t row, int64_t 
 
 template <class Kind, int MR, class P>
 void accumulate_rows(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
-  if (p.groups() == 1) {
+  if (Kind::Decode::Bits == 16 || p.groups() == 1) {
     accumulate<Kind, MR>(p, blk, row, n, w, s0, s1, tile);
   } else if constexpr (MR <= 3) {
     accumulate_groups<Kind, MR, 0, 4>(p, blk, row, n, w, s0, s1, tile);
@@ -408,22 +423,59 @@ template <class Kind, class P> void prepare_rows(const P& p, const Block<Kind>& 
     }
 }
 
+// Columns n .. n + 63, steps s0 .. s1 - 1 of w -> panel as DecodePanel reads it: bf16 of q * scale + offset, or of q where there is one group.
+template <class Kind, class P> void expand(const P& p, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, uint8_t* panel) {
+  const typename Kind::Decode decode;
+  const bool grouped = p.groups() > 1;
+  const int64_t n_pad = p.n_pad(), group_steps = grouped ? p.group / Kind::KStep : s1;
+  alignas(64) uint16_t order[32];  // of cvtne2ps's 32 results: the pairs (k, k + 1) side by side
+  for (int i = 0; i < 16; ++i) order[2 * i] = i, order[2 * i + 1] = 16 + i;
+  const __m512i interleave = _mm512_load_si512(order), high = _mm512_set1_epi32((int)0xFFFF0000);
+  for (int64_t s = s0; s < s1;) {
+    const int64_t g = s / group_steps, end = std::min(s1, (g + 1) * group_steps);
+    __m512 scale[4], offset[4];
+    for (int j = 0; j < 4; ++j) {
+      scale[j] = grouped ? _mm512_loadu_ps(p.scale + g * n_pad + n + 16 * j) : splat(1.0f);
+      const __m512 zero = grouped && p.offset ? _mm512_loadu_ps(p.offset + g * n_pad + n + 16 * j) : _mm512_setzero_ps();
+      offset[j] = _mm512_fnmadd_ps(splat(Kind::Decode::Bias), scale[j], zero);
+    }
+    for (; s < end; ++s, w += Kind::Decode::Bytes, panel += DecodePanel::Bytes) {
+      __m512i b[4];
+      decode.template pair<0>(w, b);
+      decode.template pair<1>(w, b + 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512 first = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(b[j], 16)), scale[j], offset[j]);
+        const __m512 second = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(b[j], high)), scale[j], offset[j]);
+        _mm512_storeu_si512(panel + 64 * j, _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(second, first)));
+      }
+    }
+  }
+}
+
 constexpr int64_t kBlockRows = 192;          // rows of x kept in L2 while the columns pass
 constexpr int64_t kPanelBytes = 256 * 1024;  // packed weights kept in L2 while the rows pass
+constexpr int64_t kExpandedBytes = 128 * 1024;  // the same of a panel that was expanded
+constexpr int64_t kExpandRows = 96;          // EPYC Zen 4, K = N = 2048: the panel wins from here on
 
 template <class Kind, class P> void linear_part(const P& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
   if (m_begin >= m_end || n_begin >= n_end) return;
   using Staged = typename Kind::Staged;
   const int64_t G = p.groups(), steps = ceil_div(p.K, Kind::KStep), packed_steps = G > 1 ? G * p.group / Kind::KStep : steps;
   const int64_t group_steps = G > 1 ? p.group / Kind::KStep : 1;
-  const int64_t panel = std::max<int64_t>(1, kPanelBytes / Kind::Decode::Bytes / group_steps) * group_steps;
+  using Expanded = BF16x<DecodePanel>;
+  const bool expands = Kind::Expands && m_end - m_begin >= kExpandRows;
+  const int64_t panel_steps = expands ? kExpandedBytes / DecodePanel::Bytes : kPanelBytes / Kind::Decode::Bytes;
+  const int64_t panel = std::max<int64_t>(1, panel_steps / group_steps) * group_steps;
   const int64_t m_block = std::min(kBlockRows, m_end - m_begin);
   // x is not padded: rows that end inside a step, or that need converting, are staged
   const bool staged = p.K % Kind::KStep || sizeof(Staged) != sizeof(typename Kind::X);
   const int64_t staged_ld = ceil_div(steps * Kind::KStep, 16) * 16;
   const int64_t tile_bytes = m_block * 256, sum_bytes = ceil_div(m_block * G, 16) * 64, x_bytes = staged ? m_block * staged_ld * (int64_t)sizeof(Staged) : 0;
-  char* scratch = (char*)_mm_malloc(tile_bytes + 2 * sum_bytes + x_bytes, 64);
+  const int64_t expanded_bytes = expands ? std::min(panel, packed_steps) * DecodePanel::Bytes : 0;
+  char* scratch = (char*)_mm_malloc(tile_bytes + 2 * sum_bytes + x_bytes + expanded_bytes, 64);
   float* tiles = (float*)scratch;
+  uint8_t* expanded = (uint8_t*)(scratch + tile_bytes + 2 * sum_bytes + x_bytes);
   Staged* x_staged = (Staged*)(scratch + tile_bytes + 2 * sum_bytes);
   Block<Kind> blk{nullptr, 0, (typename Kind::Sum*)(scratch + tile_bytes), (float*)(scratch + tile_bytes + sum_bytes), m_block};
   for (int64_t m0 = m_begin; m0 < m_end; m0 += kBlockRows) {
@@ -445,7 +497,11 @@ template <class Kind, class P> void linear_part(const P& p, int64_t m_begin, int
         for (int64_t t = 0; t < m_tiles; ++t) {  // tiles of nearly equal height
           const int64_t row = t * rows / m_tiles, height = (t + 1) * rows / m_tiles - row;
           float* tile = tiles + row * 64;
-          accumulate_rows<Kind>(height, p, blk, row, n, w, s0, s1, tile);
+          if constexpr (Kind::Expands) {
+            if (expands && t == 0) expand<Kind>(p, n, w, s0, s1, expanded);
+            if (expands) accumulate_rows<Expanded>(height, p, Block<Expanded>{blk.x, blk.ldx, blk.start, blk.row_sum, blk.rows}, row, n, expanded, s0, s1, tile);
+          }
+          if (!expands) accumulate_rows<Kind>(height, p, blk, row, n, w, s0, s1, tile);
           if (s1 == steps) finish<Kind>(height, p, blk, m0, row, n, tile);
         }
       }
@@ -475,7 +531,7 @@ template <class Kind, class P> void linear(const P& p, int threads) {
 // ---- entry points ------------------------------------------------------------------------------------------------------------------------------
 
 template <class X, int Bits> struct WeightOnlyKind { using type = FP32xInt<X, Bits>; };
-template <int Bits> struct WeightOnlyKind<bf16, Bits> { using type = BF16xInt<Bits>; };
+template <int Bits> struct WeightOnlyKind<bf16, Bits> { using type = BF16x<DecodeBF16<Bits>>; };
 
 // w: layout "cpu_bf16". group: even, or >= K (or 0) for one scale per channel.
 template <int Bits, class X, class Y, class Bias>
