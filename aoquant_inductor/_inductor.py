@@ -153,6 +153,13 @@ def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None
         guards.add(local("self").make_guard(builder.ID_MATCH))
 
 
+def graphs_left(code: CodeType) -> int:
+    """How many graphs Dynamo will compile for this code after the one it is at; what comes later runs eager."""
+    (entries,) = private("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")
+    (config,) = private("torch._dynamo", "config")
+    return int(config.recompile_limit) - len(entries(code)) - 1
+
+
 def guard_training(instance: nn.Module | None) -> None:
     """Recompile when `self.training` of the traced frame changes: a quantized graph must not serve a training step."""
     if instance is None:

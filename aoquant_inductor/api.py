@@ -94,10 +94,11 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     """
     from aoquant_inductor import packing, rewrite
     from aoquant_inductor.errors import NothingQuantized
+    from aoquant_inductor.names import Names
     from aoquant_inductor.options import parse
 
     opts = parse(options, mode)
-    names = rewrite.Names(model)
+    names = Names(model)
     opts.check(names.linears)
     layers = []
     for weight, layer, scheme in rewrite.plan(model, names, opts):

@@ -16,6 +16,7 @@ from torch import nn
 from aoquant_inductor import options as options_module
 from aoquant_inductor import packing, progress, qparams, release, rewrite
 from aoquant_inductor.errors import CheckpointError, NothingQuantized
+from aoquant_inductor.names import Names
 from aoquant_inductor.report import SKIPPED, Layer, Report
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.weights import STORE, Entry
@@ -71,7 +72,7 @@ def load(
     """See api.load."""
     release.require()
     opts = options_module.parse(given)
-    names = rewrite.Names(model)
+    names = Names(model)
     opts.check(names.linears)
     layers: list[Layer] = []
     with ExitStack() as stack, torch.no_grad():
@@ -98,7 +99,7 @@ def load(
     return Report(tuple(layers))
 
 
-def _decide(tensor: torch.Tensor, names: rewrite.Names, opts: options_module.Options) -> tuple[Layer, Scheme | None] | None:
+def _decide(tensor: torch.Tensor, names: Names, opts: options_module.Options) -> tuple[Layer, Scheme | None] | None:
     """What becomes of a linear's weight; None for any other tensor."""
     if not any(isinstance(module, nn.Linear) and module.weight is tensor for module in names.owners(tensor)):
         return None

@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from aoquant_inductor import native
 from aoquant_inductor.errors import OptionError, ReleasedWeights
+from aoquant_inductor.names import Names
 from aoquant_inductor.report import KEPT, RELEASED
-from aoquant_inductor.rewrite import Names
 from aoquant_inductor.weights import STORE, Entry, Release
 
 _hooks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()

@@ -13,11 +13,13 @@ import torch
 from torch import fx
 
 from aoquant_inductor import _inductor, release
+from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed
 from aoquant_inductor.qparams import NonFinite
-from aoquant_inductor.report import Report, log_of
-from aoquant_inductor.rewrite import Names, Rewritten, Site
+from aoquant_inductor.report import Layer, Report, log_of
+from aoquant_inductor.rewrite import Rewritten, Site
+from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch
 from aoquant_inductor.weights import STORE, Entry
 
@@ -73,10 +75,26 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compile
     return call if checked else frozen
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """A packed linear of a graph, without the weight it was compiled with: a graph outlives its first weights."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    layout: str
+    layer: Layer
+    read_elsewhere: bool
+
+    @classmethod
+    def of(cls, site: Site) -> _Linear:
+        assert site.scheme is not None and site.packed is not None
+        return cls(site.scheme, site.packed.shape, site.packed.layout, site.layer, site.read_elsewhere)
+
+
 class _Group:
     """The packs of one set of weights, one block of many; in the report of the compiled object that called with them."""
 
-    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Sequence[Site]], opts: Options) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Sequence[_Linear]], opts: Options) -> None:
         """like: the units of the graph that the packs are for."""
         self.packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
@@ -84,15 +102,14 @@ class _Group:
         names, layers, coming = Names(root), [], iter(weights)
         for unit in like:
             self.packs += self._pack(unit, [next(coming) for _ in unit]).tensors
-        for weight, site in zip(weights, [site for unit in like for site in unit], strict=True):
-            assert site.scheme is not None and site.packed is not None
-            entry, _, sqnr = STORE.pack(weight, site.scheme, site.packed.layout)
+        for weight, linear in zip(weights, [linear for unit in like for linear in unit], strict=True):
+            entry, _, sqnr = STORE.pack(weight, linear.scheme, linear.layout)
             self.entries.append(entry)
-            name = names.known(weight) or site.layer.name
-            layer = replace(site.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr)
+            name = names.known(weight) or linear.layer.name
+            layer = replace(linear.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr)
             if opts.release_weights:
                 to_cpu = opts.release_weights == "cpu"
-                layer = replace(layer, original=release.original(entry, name, names, to_cpu, site.read_elsewhere))
+                layer = replace(layer, original=release.original(entry, name, names, to_cpu, linear.read_elsewhere))
             layers.append(layer)
         self.watch = Watch(self.entries)
         if context is not None:
@@ -101,16 +118,13 @@ class _Group:
             journal.entries += self.entries
 
     @staticmethod
-    def _pack(unit: Sequence[Site], weights: Sequence[torch.Tensor]) -> Packed:
-        for weight, site in zip(weights, unit, strict=True):
-            assert site.packed is not None
-            if tuple(weight.shape) != site.packed.shape:
-                raise RuntimeError(f"{site.layer.name}: compiled for {site.packed.shape}, called with {tuple(weight.shape)}.")
-        scheme, like = unit[0].scheme, unit[0].packed
-        assert scheme is not None and like is not None
-        if unit[0].launch is like:
-            return STORE.pack(weights[0], scheme, like.layout)[1]
-        whole = STORE.pack_together(weights, scheme, like.layout, always=True)
+    def _pack(unit: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> Packed:
+        for weight, linear in zip(weights, unit, strict=True):
+            if tuple(weight.shape) != linear.shape:
+                raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
+        if len(unit) == 1:
+            return STORE.pack(weights[0], unit[0].scheme, unit[0].layout)[1]
+        whole = STORE.pack_together(weights, unit[0].scheme, unit[0].layout, always=True)
         assert whole is not None
         return whole
 
@@ -125,7 +139,7 @@ class LookedUp:
         """gm: the graph before the rewrite; weights, kept: which of its arguments are looked up, and which are passed on."""
         self.pick = _picker(weights)
         self.keep = _picker(kept)
-        self.like = rewritten.units
+        self.like = [[_Linear.of(site) for site in unit] for unit in rewritten.units]
         self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
         self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
         self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable

@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from util import INT8, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
+from torch.testing._internal.two_tensor import TwoTensor
+from util import BF16, INT8, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor.weights import STORE
@@ -70,6 +77,46 @@ def test_twelve_blocks_compiled_one_by_one(graphs: list[Graph]) -> None:
     assert STORE.packed == packed + 12
     assert len(graphs) <= 2
     assert all(graph.code.count("torch.ops.aoquant.linear_wo") == 1 for graph in graphs)
+
+
+class Seven(nn.Module):
+    """A block of seven linears, as a Llama's has them."""
+
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False, dtype=BF16) for _ in range(4))
+        self.gate, self.up = (nn.Linear(d, 2 * d, bias=False, dtype=BF16) for _ in range(2))
+        self.down = nn.Linear(2 * d, d, bias=False, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.o(self.q(x) + self.k(x) * self.v(x).sigmoid())
+        return x + self.down(self.gate(x).relu() * self.up(x))
+
+
+def test_thirty_two_blocks_of_seven(graphs: list[Graph]) -> None:
+    """Two compilations for all of them, in every later call: nothing runs eager past Dynamo's recompile limit."""
+    blocks, x = [Seven().eval() for _ in range(32)], tokens()
+    packed = STORE.packed
+    for one in blocks:
+        one.compile(backend="aoquant", options={"schemes": "int8wo"})
+    with torch.no_grad():
+        for _ in range(2):
+            for one in blocks:
+                exact = Seven.forward(one, x)  # the uncompiled
+                y = one(x)
+                assert 30 < sqnr_db(y, exact) < 60, "near bf16's, and not bf16's own"
+    assert [aoquant_inductor.report(one).totals["quantized"] for one in blocks] == [7] * 32
+    assert (STORE.packed, len(graphs)) == (packed + 224, 2)
+    assert [graph.constant for graph in graphs] == [True, False]
+
+
+def test_the_last_graph_that_dynamo_allows_is_told() -> None:
+    model = block()
+    function = compiled(model, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        function(tokens(3))
+        with pytest.warns(UserWarning, match="forward in .*util.py has all the graphs of torch._dynamo.config.recompile_limit"):
+            function(tokens(4))
 
 
 def test_graph_broken_stack(graphs: list[Graph]) -> None:
@@ -163,6 +210,114 @@ def test_packs_die_with_their_weights() -> None:
     torch.compiler.reset()
     gc.collect()
     assert len(STORE) == held
+
+
+def test_a_hundred_rounds_leave_nothing() -> None:
+    """Compiled, called, looked up by a second instance, dropped: no pack, entry or watched weight stays behind."""
+    gc.collect()
+    held, x = len(STORE), tokens()
+    keep = block()
+    run(keep, x)
+    live: list[int] = []
+    for i in range(100):
+        model = block()
+        _, y, _ = run(model, x)
+        assert i % 25 or sqnr_db(y, model.reference(x)) > 45
+        del model
+        if i % 25 == 24:
+            gc.collect()
+            live.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            assert len(STORE) == held + 1
+    assert max(live[1:]) <= live[0] + 5
+
+
+def test_eight_threads(graphs: list[Graph]) -> None:
+    """First calls, calls and updates at the same time: no error, and after it every answer is right."""
+    models, x = [block() for _ in range(4)], tokens()
+    functions = [compiled(model) for model in models]
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            for n in range(30):
+                with torch.no_grad():
+                    functions[(i + n) % 4](x)
+                    if n % 10 == 9:
+                        models[i % 4].a.weight.mul_(1.01)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with torch.no_grad():
+        for function, model in zip(functions, models, strict=True):
+            assert sqnr_db(function(x), model.reference(x)) > 45
+    assert all(graph.packs for graph in graphs)
+
+
+def test_a_pickled_module_is_independent() -> None:
+    first, x = block(), tokens()
+    _, y, _ = run(first, x)
+    second = pickle.loads(pickle.dumps(first))
+    with torch.no_grad():
+        second.a.weight.neg_()
+    _, z, report = run(second, x)
+    assert_counts(report, 1)
+    assert sqnr_db(z, second.reference(x)) > 45
+    assert sqnr_db(y, first.reference(x)) > 45
+
+
+def test_weights_that_are_quantized_already_are_left_alone(graphs: list[Graph]) -> None:
+    """A subclass of Parameter as bitsandbytes has them, and a tensor subclass as torchao's: the same bits out as without us."""
+
+    class Params8(nn.Parameter):
+        pass
+
+    model, x = nn.Sequential(*(nn.Linear(32, 32, bias=False, dtype=BF16) for _ in range(3))).eval(), tokens()
+    model[0].weight = Params8(model[0].weight.detach(), requires_grad=False)
+    model[1].weight = nn.Parameter(TwoTensor(model[1].weight.detach(), model[1].weight.detach()), requires_grad=False)
+    with torch.no_grad():
+        want = torch.compile(model[:2], backend="inductor")(x)
+    _, y, report = run(model[:2], x, on_unsupported="report", schemes={"*": "int8wo"})
+    assert_counts(report, 0, 2, already_quantized=2)
+    assert torch.equal(y if not isinstance(y, TwoTensor) else y.a, want if not isinstance(want, TwoTensor) else want.a)
+    _, _, report = run(model, x)
+    assert_counts(report, 1, 3, already_quantized=2)
+
+
+CACHED = """
+import os, sys, torch
+sys.path[:0] = [{tests!r}]
+from torch._inductor.utils import fresh_cache
+from torch._dynamo.utils import counters
+from util import Block, run, sqnr_db, tokens
+from aoquant_inductor.scheme import resolve
+torch.manual_seed(int(sys.argv[1]))
+model, x = Block().eval(), tokens()
+for scheme in sys.argv[2:]:
+    _, y, report = run(model, x, schemes=scheme)
+    assert report.totals["schemes"] == {{scheme: 1}}
+    good = sqnr_db(y, model.reference(x, resolve(scheme)))
+    print("right" if good > 45 else good, counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_a_warm_graph_cache_with_other_weights_and_other_schemes(tmp_path: Path) -> None:
+    """Two processes, one cache: other weights hit it and are right, another scheme misses."""
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    code = CACHED.format(tests=str(Path(__file__).parent))
+
+    def process(*args: str) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    assert process("0", "int8wo") == ["right 0"]
+    assert process("1", "int8wo", "int4wo-32") == ["right 1", "right 1"]
 
 
 @pytest.mark.parametrize("schemes", [("int8wo", "int4wo-32"), ("int4wo-32-asym", "int8wo")])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from util import BF16, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
+from util import BF16, Block, Graph, assert_counts, block, compiled, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor.weights import STORE
@@ -152,6 +152,44 @@ def test_functional_call_is_honoured() -> None:
             y = torch.func.functional_call(function, {f"_orig_mod.{k}": v for k, v in parameters.items()}, (x,))
             assert torch.equal(y, x), "zeros in, zeros out"
             assert sqnr_db(function(x), model.reference(x)) > 45, "and the module's own weights again"
+
+
+class Adapted(nn.Module):
+    """A base linear with two trainable low-rank matrices beside it, as PEFT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(64, 64, dtype=BF16)
+        self.down, self.up = (nn.Linear(*sizes, bias=False, dtype=BF16) for sizes in ((64, 8), (8, 64)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        return linear64(x, self.base) + x.double() @ self.down.weight.double().t() @ self.up.weight.double().t()
+
+
+def test_five_hot_swaps_of_an_adapter_and_a_merge(graphs: list[Graph]) -> None:
+    """Row 14: a swap packs nothing, in whatever way the adapter comes; a merge repacks the base once, in place."""
+    model, x = Adapted().eval(), tokens(4, 64)
+    function, packed = compiled(model, {"base": "int8wo"}), STORE.packed
+    stale = 0
+    with torch.no_grad():
+        function(x)
+        entry = STORE.entry(model.base.weight)
+        for i in range(5):
+            down, up = torch.randn(8, 64).to(BF16), torch.randn(64, 8).to(BF16)
+            if i % 2:
+                model.down.weight, model.up.weight = nn.Parameter(down), nn.Parameter(up)
+            else:
+                model.load_state_dict({"down.weight": down, "up.weight": up}, strict=False)
+            stale += not sqnr_db(function(x), model.reference(x)) > 40
+        assert (stale, entry.repacks, STORE.packed) == (0, 0, packed + 1)
+        model.base.weight.add_(model.up.weight @ model.down.weight)
+        model.up.weight.zero_()
+        assert sqnr_db(function(x), model.reference(x)) > 40
+        assert (entry.repacks, STORE.packed) == (1, packed + 1)
+    assert all(graph.packs for graph in graphs)
 
 
 def test_a_weight_that_becomes_nan_is_not_answered_with_the_old_one() -> None:
