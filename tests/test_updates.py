@@ -14,37 +14,37 @@ import aoquant_inductor
 from aoquant_inductor.weights import STORE
 
 
-def new() -> torch.Tensor:
-    return torch.randn(32, 32).to(BF16) * 0.2
+def new(m: Block) -> torch.Tensor:
+    return torch.randn(32, 32).to(m.a.weight) * 0.2
 
 
 def add(m: Block) -> None:
     with torch.no_grad():
-        m.a.weight.add_(new())
+        m.a.weight.add_(new(m))
 
 
 def load(m: Block) -> None:
-    m.load_state_dict({"a.weight": new(), "a.bias": torch.randn(32, dtype=BF16)})
+    m.load_state_dict({"a.weight": new(m), "a.bias": torch.randn(32).to(m.a.bias)})
 
 
 def assign(m: Block) -> None:
-    m.load_state_dict({"a.weight": new(), "a.bias": torch.randn(32, dtype=BF16)}, assign=True)
+    m.load_state_dict({"a.weight": new(m), "a.bias": torch.randn(32).to(m.a.bias)}, assign=True)
 
 
 def parameter(m: Block) -> None:
-    m.a.weight = nn.Parameter(new())
+    m.a.weight = nn.Parameter(new(m))
 
 
 def linear(m: Block) -> None:
-    m.a = nn.Linear(32, 32, dtype=BF16)
+    m.a = nn.Linear(32, 32, dtype=BF16, device=m.a.weight.device)
 
 
 def data(m: Block) -> None:
-    m.a.weight.data = new()
+    m.a.weight.data = new(m)
 
 
 def step(m: Block) -> None:
-    m.a.weight.grad = new()
+    m.a.weight.grad = new(m)
     torch.optim.SGD([m.a.weight], lr=1.0, foreach=False).step()
 
 
@@ -92,7 +92,7 @@ def test_data_that_goes_back_and_forth_between_two_graphs() -> None:
     function, _, _ = run(model, x)
     with torch.inference_mode():
         function(x)
-    storages = [new(), new()]
+    storages = [new(model), new(model)]
     for _ in range(2):
         for mode, t in zip(MODES, storages, strict=True):
             model.a.weight.data = t
