@@ -58,6 +58,21 @@ class Stack(nn.Module):
         return x
 
 
+class Block(nn.Module):
+    """Seven linears as a Llama's block has them, without its attention: what is compiled once for all its equals."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.o(self.q(x) + self.k(x) * self.v(x))
+        y: torch.Tensor = x + self.down(self.gate(x).relu() * self.up(x))
+        return y
+
+
 def fill(model: nn.Module, seed: int) -> None:
     """Weights ~ N(0, 0.25 / K) of this seed."""
     with torch.no_grad():
