@@ -91,15 +91,23 @@ def cpp_template(
     (ir,) = private("torch._inductor", "ir")
     (virtualized,) = private("torch._inductor", "virtualized")
     (threads,) = private("torch._inductor.utils", "parallel_num_threads")
+    (index_text,) = private("torch._inductor.codegen.cpp_utils", "cexpr_index")
     present = {key: realize(node) for key, node in inputs.items() if node is not None}
     names = {key: ir.ExternKernel.realize_input(node) for key, node in present.items()}
     layout = ir.FixedLayout(device, dtype, [m, n])
 
+    # An argument is the buffer, and a dense view may start inside of it: x[1:], one sibling's columns of a common result.
+    views = {key: node.get_layout().offset for key, node in names.items() if node.get_layout().offset != 0}
+    arguments = {f"{key}_buffer" if key in views else key: node for key, node in names.items()}
+
     class Template(base):  # type: ignore[misc, valid-type]
         def render(self, kernel: Any, template_buffer_node: Any = None, **kwargs: Any) -> str:
             out = self.output_node if template_buffer_node is None else template_buffer_node
-            definition = kernel.def_kernel(inputs=names, outputs={"y": out})  # names the symbolic sizes, too
-            text = body.replace("{m}", kernel.size(out, 0)).replace("{threads}", str(self.num_threads))
+            # names the symbolic sizes, too
+            definition = kernel.def_kernel(inputs=arguments, outputs={"y": out}, extra_sizevars=list(views.values()))
+            starts = {key: index_text(kernel.rename_indexing(offset)) for key, offset in views.items()}
+            begin = "".join(f"  const auto* {key} = {key}_buffer + {start};\n" for key, start in starts.items())
+            text = begin + body.replace("{m}", kernel.size(out, 0)).replace("{threads}", str(self.num_threads))
             return f'{self.header().getvalue()}\n{preamble}\nextern "C" {definition}\n{{\n{text}\n}}\n'
 
     template = Template(f"aoquant_{name}", list(names.values()), layout, threads())

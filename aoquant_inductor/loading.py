@@ -78,6 +78,8 @@ def load(
     with ExitStack() as stack, torch.no_grad():
         source = _Files(files, stack)
         work = [(tensor, places, source.find(tensor, places)) for tensor, places in _tensors(model)]
+        # the largest first, while there is room: a head of 1 GB beside an 8B model's packs would be the peak of all
+        work.sort(key=lambda one: -one[0].nbytes)
         choices = [_decide(tensor, names, opts) for tensor, _, _ in work]
         if (linears := [c for c in choices if c is not None]) and not any(scheme for _, scheme in linears):
             raise NothingQuantized(len(linears), sum(layer.scheme is not None for layer, _ in linears))

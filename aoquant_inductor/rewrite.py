@@ -62,10 +62,16 @@ def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], optio
     if not isinstance(weight, nn.Parameter):
         return replace(layer, reason="not_parameter"), None
     if type(weight) is not nn.Parameter or weight.dtype in (torch.int8, torch.uint8):
-        return replace(layer, reason="already_quantized"), None
+        detail = f"is {weight.dtype} in a {type(weight).__name__}."
+        return replace(layer, reason="dtensor" if _is_distributed(weight) else "already_quantized", detail=detail), None
     if weight.dtype not in FLOATS:
         return replace(layer, reason="dtype", detail=f"is {weight.dtype}, not bf16, fp16 or fp32."), None
     return replace(layer, status=QUANTIZED), choice.scheme
+
+
+def _is_distributed(weight: torch.Tensor) -> bool:
+    """A DTensor, of tensor parallelism or FSDP2; asked by name, since torch.distributed may not be there."""
+    return any(kind.__module__.startswith("torch.distributed") for kind in type(weight).__mro__)
 
 
 @dataclass

@@ -289,6 +289,24 @@ def test_weights_that_are_quantized_already_are_left_alone(graphs: list[Graph]) 
     assert_counts(report, 1, 3, already_quantized=2)
 
 
+def test_distributed_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, x = nn.Sequential(*(nn.Linear(32, 32, dtype=BF16) for _ in range(2))).eval(), tokens()
+    want = model(x).detach()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallelize_module(model[0], init_device_mesh("cpu", (1,)), ColwiseParallel())
+        _, y, report = run(model, x)
+        assert_counts(report, 1, 2, dtensor=1)
+        assert "0 is torch.bfloat16 in a DTensor." in str(report)
+        assert sqnr_db(y, want) > 40
+    finally:
+        distributed.destroy_process_group()
+
+
 CACHED = """
 import os, sys, torch
 sys.path[:0] = [{tests!r}]

@@ -154,6 +154,35 @@ def test_fp16_with_large_activations_does_not_overflow(monkeypatch: pytest.Monke
         assert sqnr_db(y, linear64(x, linear, scheme)) > 50, name
 
 
+class Inside(nn.Module):
+    """Linears of views that start inside of a buffer: of an input, of another linear's result, the last row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32, dtype=BF16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.a(x[1:]), self.b((x * 2)[2:-1]), self.c(self.a(x)[-1:])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("scheme", ["int8wo", "int4wo-32", "int8dq"])
+def test_views_that_start_inside_of_a_buffer(scheme: str, dynamic: bool) -> None:
+    model, x = Inside().eval(), torch.randn(7, 32, dtype=BF16)
+    function = compiled(model, scheme, dynamic=dynamic)
+    for part in (x, x[1:]):
+        with torch.no_grad():
+            for y, want in zip(function(part), model(part), strict=True):
+                assert sqnr_db(y, want) > (18 if "int4" in scheme else 33)
+
+
+def test_vmap() -> None:
+    linear, x = nn.Linear(32, 32, dtype=BF16).eval(), torch.randn(3, 4, 32, dtype=BF16)
+    with torch.no_grad():
+        y = torch.compile(torch.vmap(linear), backend="aoquant", options={"schemes": "int8wo"})(x)
+    assert sqnr_db(y, linear64(x, linear)) > 45
+
+
 class Hostile(Ranks):
     def __init__(self) -> None:
         super().__init__()
