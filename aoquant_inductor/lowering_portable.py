@@ -131,6 +131,6 @@ def linear(p: Problem) -> tuple[str, Any]:
 
 def grad(p: Problem) -> Any:
     """grad_x[M, K] = grad[M, N] . dequantize(w): the weight is dense for the time of one matmul."""
-    if p.layout != "plain" or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
+    if p.layout.startswith("cpu_") or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
         return ir.fallback(torch.ops.aoquant.linear_grad.default, p.x, p.w, p.scale, p.zero, *p.key)
     return ir.aten(aten.mm.default, p.x, ir.realize(_dense(p, p.out_dtype)))

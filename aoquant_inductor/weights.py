@@ -27,8 +27,6 @@ from aoquant_inductor.scheme import Scheme
 PackKey = tuple[Scheme, str, str]
 """Scheme, layout, and TOGETHER for a second pack, which lies in one allocation with those of other weights."""
 TOGETHER = "together"
-
-
 UNTRACKED = -1  # an inference tensor counts no versions
 
 
@@ -64,9 +62,10 @@ class Entry:
         self.version, self.pointer = _stamp(weight)
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         self.wholes: dict[PackKey, tuple[Packed, int]] = {}  # what a pack is a part of, and which
+        self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
         self.repacks = 0
         self.release: Release | None = None
-        self.copy: torch.Tensor | None = None  # of a released weight, if its user wanted one
+        self.copy: torch.Tensor | None = None  # of a released weight, if wanted
 
     @property
     def released(self) -> bool:
@@ -99,16 +98,15 @@ class Entry:
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)
                 self.packs[key] = (self.packs[key][0], sqnr)
-        self.version, self.pointer = stamp
-        self.repacks += 1
+        self.version, self.pointer, self.repacks = *stamp, self.repacks + 1
         STORE.turn()
         if self.release is not None:
             self.let_go(self.release)
 
     def let_go(self, release: Release) -> bool:
-        """Frees the memory of the packed weight; False, and nothing happens, where another tensor shares it.
+        """Frees the memory of the packed weight, if nothing else holds it: whether it is gone.
 
-        Raises RuntimeError where there is no compiler: only C++ can make a later use an error instead of a crash.
+        Raises RuntimeError where there is no C++ compiler: no other way makes a later use an error instead of a crash.
         """
         weight = self.ref()
         if weight is None or self.released:
@@ -164,16 +162,14 @@ class Store:
 
     def entry(self, weight: torch.Tensor) -> Entry:
         with self._lock:
-            found = self.find(weight)
-            if found is None:
-                found = self._entries[id(weight)] = Entry(weight)
+            found = self._entries[id(weight)] = self.find(weight) or Entry(weight)
             return found
 
-    def pack(self, weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Entry, Packed, float]:
-        """The shared pack of a weight, made now if there is none, brought up to date if it is stale.
+    def pack(self, weight: torch.Tensor, scheme: Scheme, layout: str, loose: bool = False) -> tuple[Entry, Packed, float]:
+        """The shared pack of a weight, made now if there is none, brought up to date if it is stale. loose: for no graph yet.
 
-        Raises qparams.NonFinite, torch.OutOfMemoryError (and then nothing is kept of the attempt), and ReleasedWeights where
-        another pack is wanted than those of a weight that was let go.
+        Raises qparams.NonFinite and torch.OutOfMemoryError, and keeps nothing of the attempt; ReleasedWeights where the
+        original is gone and another pack than its own is wanted.
         """
         with self._lock:
             entry = self.entry(weight)
@@ -186,18 +182,18 @@ class Store:
                 stamp = _stamp(weight)
                 entry.packs[key] = pack_weight(weight, scheme, layout)
                 entry.version, entry.pointer = stamp
+                entry.loose.add(key)
                 self.turn()
                 self.packed += 1
+            if not loose:
+                entry.loose.discard(key)
             return (entry, *entry.packs[key])
 
     def pack_together(
         self, weights: Sequence[torch.Tensor], scheme: Scheme, layout: str, always: bool = False
     ) -> Packed | None:
-        """One Packed over weights that one launch is to serve, their own packs views of it; None where that cannot be.
-
-        The layout may keep them apart; or they were packed apart before, and then `always` makes second packs.
-
-        Raises as `pack`.
+        """One Packed over weights that one launch is to serve, their own packs views of it; None where the layout keeps them
+        apart, or where graphs read them apart: then `always` makes second packs. Raises as `pack`.
         """
         with self._lock:
             entries = [self.entry(weight) for weight in weights]
@@ -205,28 +201,29 @@ class Store:
                 if (found := _whole(entries, key)) is not None:
                     self.update(entries)
                     return found
-                if not any(key in entry.packs for entry in entries):
+                if not any(key in entry.packs and key not in entry.loose for entry in entries):
                     return self._pack_together(entries, weights, key)
                 if not always:
                     return None
             raise ValueError("weights that lie together in one graph lie together with others in another.")
 
     def _pack_together(self, entries: Sequence[Entry], weights: Sequence[torch.Tensor], key: PackKey) -> Packed | None:
-        if gone := next((e.release for e in entries if e.release is not None and e.released), None):
+        if gone := next((e.release for e in entries if key not in e.packs and e.release is not None and e.released), None):
             raise ReleasedWeights(gone.name)
         self.update([entry for entry in entries if entry.packs])
         stamps = [_stamp(weight) for weight in weights]
-        apart = [pack_weight(weight, *key[:2]) for weight in weights]
+        apart = [e.packs.get(key) or pack_weight(weight, *key[:2]) for e, weight in zip(entries, weights, strict=True)]
         with plain_tensors():
             joined = packing.join([packed for packed, _ in apart])
         if joined is None:
             return None
         whole, parts = joined
+        self.packed += sum(key not in entry.packs for entry in entries)
         for i, (entry, part) in enumerate(zip(entries, parts, strict=True)):
+            entry.loose.discard(key)
             entry.packs[key], entry.wholes[key] = (part, apart[i][1]), (whole, i)
             entry.version, entry.pointer = stamps[i]
         self.turn()
-        self.packed += len(weights)
         return whole
 
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:

@@ -39,7 +39,7 @@ def pack(model: nn.Module, scheme: str, device: str) -> nn.Module:
     """Each linear packed and let go, in order. Raises Refused for one that stays."""
     spec = resolve(scheme)
     for name, linear in linears(model).items():
-        layout = packing.choose(spec, linear.weight.device, linear.weight.dtype)
+        layout = packing.choose(spec, linear.weight.device, linear.weight.dtype, linear.weight.shape)
         entry, _, _ = STORE.pack(linear.weight, spec, layout)
         if not entry.let_go(Release(name, False)):
             raise build.Refused(f"{name} stays in memory")

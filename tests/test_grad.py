@@ -12,7 +12,7 @@ from torch import nn
 from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, dequantized, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import packing_cpu
+from aoquant_inductor import packing
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.weights import STORE
 
@@ -155,10 +155,13 @@ def test_adapters_train_beside_a_quantized_base(scheme: str, db: float, graphs: 
     assert (STORE.packed, len(graphs)) == (packed + 2, 1)
 
 
-@pytest.mark.parametrize("scheme", ["int8wo", "int4wo-32-asym", "int4wo-row", "int4wo-32-asymfloat"])
-def test_the_backward_over_the_plain_layout(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that GPUs have: lowered into the graph."""
-    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+PLAIN = ["int8wo", "int4wo-32-asym", "int4wo-row", "int4wo-32-asymfloat"]
+
+
+@pytest.mark.parametrize(("scheme", "layout"), [*((scheme, "plain") for scheme in PLAIN), ("int8wo", "wgmma")])
+def test_the_backward_over_the_layouts_of_gpus(scheme: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered into the graph."""
+    monkeypatch.setattr(packing, "choose", lambda *_: layout)
     model, x = LoRA().train(), tokens(5, 64, FP32)
     twin = with_dequantized_base(model, scheme)
     got, want = train(compiled(model, {"base.*": scheme}), model, x), train(twin, twin, x)

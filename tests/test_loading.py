@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from util import BF16, assert_counts, compiled, dequantized, sqnr_db
+from util import BF16, assert_counts, compiled, dequantized, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import CheckpointError, NothingQuantized, UnmatchedPattern
+from aoquant_inductor import CheckpointError, NothingQuantized, UnmatchedPattern, lowering
+from aoquant_inductor.scheme import resolve
 from aoquant_inductor.weights import STORE
 
 
@@ -91,6 +92,32 @@ def test_from_the_cpu() -> None:
     with pytest.warns(UserWarning, match="2 of 2 weights came back dequantized"):
         aoquant_inductor.restore(model)
     assert sqnr_db(model.up.weight.detach(), weight) > 50
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "int4wo-32-asym"])
+def test_what_arrived_apart_lies_together_where_one_launch_serves_it(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "TOGETHER", frozenset(["cpu"]))
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(96, n, dtype=BF16) for n in (64, 128, 64))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.q(x), self.k(x), self.v(x)
+
+    model, x = Heads().eval(), tokens(5, 96)
+    wants = [linear64(x, linear, resolve(scheme)) for linear in (model.q, model.k, model.v)]
+    aoquant_inductor.load(model, device="cpu", options={"schemes": scheme})
+    packed = STORE.packed
+    _, ys, report = run(model, x, schemes=scheme)
+    assert_counts(report, 3)
+    assert report.layers[0].siblings == ("k", "v")
+    assert STORE.packed == packed
+    assert min(sqnr_db(y, want) for y, want in zip(ys, wants, strict=True)) > 45
+    with pytest.warns(UserWarning, match="3 of 3"):
+        assert aoquant_inductor.restore(model) == 3
+    assert sqnr_db(linear64(x, model.k, resolve(scheme), model.k.weight.detach().double()), wants[1]) > 40
 
 
 def test_other_options_than_those_it_was_packed_with_are_refused() -> None:

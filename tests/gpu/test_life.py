@@ -87,7 +87,7 @@ def test_resident_and_peak(scheme: str, ratio: float) -> None:
     model, before = sum(m.weight.nbytes for m in layers), torch.cuda.memory_allocated()
     largest = max(m.weight.nbytes for m in layers)
     for i, layer in enumerate(layers):
-        layout = packing.choose(resolve(scheme), layer.weight.device, BF16)
+        layout = packing.choose(resolve(scheme), layer.weight.device, BF16, layer.weight.shape)
         entry, _, _ = STORE.pack(layer.weight, resolve(scheme), layout)
         assert entry.let_go(Release(str(i), False))
     assert torch.cuda.memory_allocated() - (before - model) <= ratio * model
