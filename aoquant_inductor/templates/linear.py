@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates.kernel import FILL, Config, Default, Kernel
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
 
 
 def _adapt(p: Problem, config: Config) -> Config | None:
@@ -22,7 +22,7 @@ def _adapt(p: Problem, config: Config) -> Config | None:
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return {"EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma"}
+    return {"EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma", "HELD": False}
 
 
 GENERAL_CONFIGS = (
@@ -40,21 +40,47 @@ GENERAL = Kernel(
     _keywords, _adapt,
 )
 
-# int8 x int8: exact sums, whatever ptxas. Two programs per multiprocessor at large M: Triton waits for every int32 dot, which
-# only a second program hides.
-D16 = Config(16, 64, 256, 4, 4, swap=True, split_k=FILL)
-D64 = Config(64, 64, 256, 4, 3, swap=True, split_k=FILL)
-D256 = Config(64, 128, 128, 4, 4, swap=True, split_k=FILL)
-DBIG = Config(128, 128, 128, 4, 3, group_m=16)
+# Measured by benchmarks/tune.py on an H100 (132 multiprocessors): 28672x4096, 4096x14336 and 4096x4096.
+# int8 x int8 is exact with every ptxas. Large tiles want two programs per multiprocessor: Triton waits for every int32 dot, and
+# only a second program hides that. Few rows: x is the narrow side, and K is split until enough loads are in flight.
+D16 = Config(16, 64, 256, 4, 4, swap=True)
+D64_WIDE = Config(64, 64, 128, 4, 5, swap=True)
+D64 = Config(64, 32, 256, 4, 4)
+D256 = Config(64, 64, 128, 4, 5)
+D_LARGE = Config(128, 128, 128, 4, 3, group_m=16)
 INT8_DYNAMIC = Kernel(
-    "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90, (D16, D64, D256, DBIG),
-    (Default(D16, 16), Default(D64, 64), Default(D256, 256), Default(DBIG)), _keywords, _adapt,
+    "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
+    (
+        *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64, D256) for split in (1, FILL, FILL_TWICE)),
+        D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True), Config(128, 64, 128, 4, 4),
+    ),
+    (
+        Default(replace(D16, split_k=FILL_TWICE), upto=16, k=8192),
+        Default(replace(D16, split_k=FILL), upto=16),
+        Default(D64_WIDE, upto=64, waves=2),
+        Default(replace(D64, split_k=FILL_TWICE), upto=64, k=8192),
+        Default(replace(D64, split_k=FILL), upto=64),
+        Default(D_LARGE, waves=1.5),
+        Default(replace(D256, split_k=FILL_TWICE)),
+    ),
+    _keywords, _adapt,
 )
 
-W16 = Config(16, 64, 128, 4, 4, swap=True, split_k=FILL)
-W64 = Config(64, 128, 128, 8, 4, swap=True, split_k=FILL)
+# int8 weights on the left, converted to bf16 in registers.
+W16 = Config(16, 64, 128, 4, 4, swap=True)
+W32 = Config(32, 128, 128, 8, 4, swap=True)
+W64 = Config(64, 128, 128, 8, 4, swap=True)
 W256 = Config(128, 64, 128, 4, 3, swap=True)
 INT8_WEIGHT_ONLY = Kernel(
-    "linear", lambda p, card: p.layout == "wgmma", (W16, W64, W256),
-    (Default(W16, 16), Default(W64, 64), Default(W256, 256)), _keywords, _adapt,
+    "linear", lambda p, card: p.layout == "wgmma",
+    tuple(replace(config, split_k=split) for config in (W16, W32, W64, W256) for split in (1, FILL, FILL_TWICE)),
+    (
+        Default(replace(W16, split_k=FILL_TWICE), upto=16),
+        Default(replace(W32, split_k=FILL), upto=32),
+        Default(replace(W64, split_k=FILL), upto=64),
+        Default(replace(W256, split_k=FILL_TWICE), upto=512),
+        # dequantized once, then cuBLAS: less is lost than to the conversion in every program
+        Default(None),
+    ),
+    _keywords, _adapt,
 )
