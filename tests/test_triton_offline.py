@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,22 +20,80 @@ if torch.cuda.is_available():
 
 import offline
 
-INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8"}
-BF16 = {80: "m16n8k16.*f32.bf16.bf16", 90: "(wgmma.*|m16n8k16.*)f32.bf16.bf16"}
+from aoquant_inductor import card
+from aoquant_inductor.templates import Config, Kernel, gemv, linear
+
+INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8", 100: "(tcgen05.mma.*|m16n8k32.*s32.s8.s8)"}
+BF16 = {80: "m16n8k16.*f32.bf16.bf16", 90: "(wgmma.*|m16n8k16.*)f32.bf16.bf16", 100: "(tcgen05.mma.*kind::f16|m16n8k16.*bf16.bf16)"}
 WANTED = {
     "int8wo": BF16, "int8dq": INT8, "int4wo-32-asym": BF16, "int4wo-128": BF16, "int8dq-int4w-128-asym-asymact": INT8,
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+def check(rendered: offline.Rendered, folder: Path, arch: int) -> str:
+    """The PTX of the kernel; ptxas spilled nothing and serialized no wgmma."""
+    built = offline.assemble(rendered.code, folder, arch)
+    log = offline.ptxas_log(built, folder)
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", log), log
+    assert "serializ" not in log, log
+    return str(built.asm["ptx"])
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
 @pytest.mark.parametrize("scheme", WANTED)
-def test_compiles_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
+def test_defaults_compile_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
     for m in (8, 256):
         rendered = offline.render(scheme, m, 256, 576, torch.bfloat16, arch=arch)
-        ptx = offline.assemble(rendered.code, tmp_path, arch).asm["ptx"]
-        assert re.search(WANTED[scheme][arch], ptx), (m, sorted(set(re.findall(r"(?:wgmma|mma)\.\S+", ptx))))
-        assert ".local" not in ptx, "registers spill"
-        assert arch == 80 or m == 8 or "wgmma.mma_async" in ptx
+        ptx = check(rendered, tmp_path, arch)
+        wanted = WANTED[scheme][arch // 10 * 10]
+        assert re.search(wanted, ptx), (m, sorted(set(re.findall(r"(?:wgmma|mma)\.\S+", ptx))))
+        assert arch != 90 or m == 8 or "wgmma.mma_async" in ptx
+
+
+def distinct(kernel: Kernel) -> list[Config]:
+    """Its configs, each with one split: the machine code differs in nothing else."""
+    return list(dict.fromkeys(replace(config, split_k=min(2, abs(config.split_k))) for config in kernel.configs))
+
+
+INT8_CONFIGS = [
+    (scheme, m, kernel, config)
+    for scheme, m, kernel in (("int8dq", 256, linear.INT8_DYNAMIC), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL))
+    for config in distinct(kernel)
+]
+
+
+@pytest.mark.parametrize(("scheme", "m", "kernel", "config"), INT8_CONFIGS, ids=lambda v: str(v) if isinstance(v, Config) else "")
+def test_every_int8_config_compiles_without_spills(scheme: str, m: int, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    rendered = offline.render(scheme, m, 256, 2048, torch.bfloat16, bias=False, config=(kernel, config))
+    ptx = check(rendered, tmp_path, 90)
+    assert m == 1 or "wgmma.mma_async" in ptx
+
+
+@pytest.mark.parametrize(("version", "choice"), [((12, 8), False), ((0, 0), False), ((13, 3), True)])
+def test_a_config_that_ptxas_may_miscompile_is_no_choice(
+    version: tuple[int, int], choice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "ptxas_version", lambda arch: version)
+    carried = (linear.INT8_WEIGHT_ONLY, replace(linear.W64, carried=True))
+    with contextlib.nullcontext() if choice else pytest.raises(Exception, match="carried"):
+        offline.render("int8wo", 64, 256, 512, torch.bfloat16, config=carried)
+
+
+def test_the_version_of_ptxas_is_known_here() -> None:
+    assert card.ptxas_version(90) >= (12, 0)
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact"])
+def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str) -> None:
+    """RMSNorm -> two linears -> silu(a) * b + residual: one kernel before the matmuls, none between them or after, no int32 tile."""
+    rendered = offline.render_gated(scheme, 512, 2048, 1024)
+    names = re.findall(r"^(triton_\w+) = async_compile", rendered.code, re.M)
+    counts = Counter(name.split("_")[1] for name in names)
+    assert counts["per"] + counts["red"] == 1 and not counts["poi"], names
+    calls = re.findall(r"triton_tem\w+\.run\(", rendered.code)
+    assert len(calls) == 2, rendered.code
+    sizes = re.findall(r"empty_strided_cuda\(\((?:512, \d{2,})\), \S+ 1\), torch.(\w+)\)", rendered.code)
+    assert sorted(sizes) == ["bfloat16", "bfloat16", "int8"], sizes
 
 
 # bf16 is broken in Triton's interpreter: fp16 and fp32 there, bf16 on the card.
@@ -51,6 +112,7 @@ RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import pathlib, torch, offline
 torch.manual_seed(0)
+from aoquant_inductor import card
 from aoquant_inductor.templates import Config, linear
 for scheme, dtype, m, n, k, config in {cases!r}:
     config = eval(config)
