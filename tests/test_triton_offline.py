@@ -59,7 +59,7 @@ INT8_CONFIGS = [
     (scheme, m, kernel, config)
     for scheme, m, kernel in (("int8dq", 256, linear.INT8_DYNAMIC), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL))
     for config in distinct(kernel)
-]
+] + [("int8wo-128", 64, linear.INT8_WEIGHT_ONLY, config) for config in (linear.W16, linear.W64_WIDE, linear.W128)]
 
 
 @pytest.mark.parametrize(("scheme", "m", "kernel", "config"), INT8_CONFIGS, ids=lambda v: str(v) if isinstance(v, Config) else "")
@@ -98,8 +98,9 @@ def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str
 
 # bf16 is broken in Triton's interpreter: fp16 and fp32 there, bf16 on the card.
 SPLIT, SWAPPED = "Config(16, 32, 128, 4, 3, split_k=4)", "Config(32, 64, 128, 4, 3, swap=True, split_k=2)"
+HELD = SWAPPED.replace(")", ", extra=(('HELD', True),))")
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
-          ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
+          ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 CASES = [
     ("int8wo", "float16", 5, 33, 65), ("int8wo-32", "float32", 3, 40, 33), ("int8dq", "float16", 5, 70, 129),
     ("int8dq-asymact", "float32", 3, 33, 31), ("int4wo-32-asym", "float16", 5, 33, 129), ("int4wo-32-asymfloat", "float32", 2, 20, 70),

@@ -35,5 +35,5 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
 
 # Measured by benchmarks/tune.py on an H100: few rows of W and wide steps, so that many loads of many programs are in flight.
 CONFIGS = (Config(1, 2, 2048, 2, 1), Config(1, 4, 2048, 4, 1), Config(1, 4, 1024, 2, 1), Config(1, 2, 1024, 1, 1))
-DEFAULTS = (Default(CONFIGS[0], k=2048), Default(CONFIGS[3]))
+DEFAULTS = (Default(CONFIGS[0], upto=2, k=2048), Default(CONFIGS[3], upto=2))
 KERNEL = Kernel("gemv", _fits, CONFIGS, DEFAULTS, _keywords, _adapt)

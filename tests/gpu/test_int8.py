@@ -58,29 +58,27 @@ def test_weight_only_sums_are_exact(m: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8dq", "int8wo"])
 def test_one_kernel_per_linear_and_no_int32_in_memory(scheme: str) -> None:
-    class Gated(nn.Module):
+    class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = nn.RMSNorm(1024)
-            self.gate, self.up = (nn.Linear(1024, 2048, bias=False) for _ in range(2))
+            self.norm, self.linear = nn.RMSNorm(1024), nn.Linear(1024, 2048)
 
         def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-            h = self.norm(x)
-            return torch.nn.functional.silu(self.gate(h)) * self.up(h) + residual
+            return torch.nn.functional.silu(self.linear(self.norm(x))) + residual
 
-    model = Gated().to("cuda", BF16).eval()
+    model = Residual().to("cuda", BF16).eval()
     x, residual = (torch.randn(512, n, device="cuda", dtype=BF16) for n in (1024, 2048))
     with torch.no_grad():
         _, (code, *_) = run_and_get_code(compiled(model, scheme), x, residual)
     calls = re.findall(r"(triton_[a-z]+)_\w+\.run\(", code)
-    assert sorted(calls) == ["triton_per", "triton_tem", "triton_tem"], calls
+    assert sorted(calls) == ["triton_per", "triton_tem"], calls
     assert not re.search(r"empty_strided_cuda\(\(512, 2048\).*torch.int32", code)
     assert "extern_kernels" not in re.sub(r"extern_kernels = .*|from .*", "", code)
 
 
 @pytest.mark.parametrize("scheme", ["int8dq", "int8wo", "int8dq-asymact"])
 @pytest.mark.parametrize("m", [2, 64])
-def test_a_search_names_the_winner(scheme: str, m: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_search_names_the_winner(scheme: str, m: int) -> None:
     linear = integers(512, 2048)
     x = tokens(m, 2048, 1, 7)
     function, y, report = run(linear, x, schemes=scheme, mode="max-autotune")
