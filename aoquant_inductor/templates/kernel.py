@@ -25,7 +25,7 @@ class Config:
     """One program makes block_m x block_n of y in steps of block_k.
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
-    each a part of K; FILL is as many as give every multiprocessor one, FILL_TWICE two. carried: accumulators stay in the loop
+    each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
     although a converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. extra:
     further constants.
     """
@@ -128,8 +128,9 @@ def _shared(p: Problem, config: Config) -> int:
 
 @functools.cache
 def template(name: str) -> Any:
-    """common.jinja's macros, then the kernel."""
-    source = (FOLDER / "common.jinja").read_text() + (FOLDER / f"{name}.py.jinja").read_text()
+    """The macros that kernels share, then the kernel."""
+    shared = [path for path in sorted(FOLDER.glob("*.jinja")) if not path.name.endswith(".py.jinja")]
+    source = "".join(path.read_text() for path in (*shared, FOLDER / f"{name}.py.jinja"))
     return inductor.triton_template(f"aoquant_{name}", source)
 
 
