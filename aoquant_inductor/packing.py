@@ -147,7 +147,7 @@ def _cuda(kind: str) -> Layout:
 
 
 LAYOUTS = {
-    "plain": Layout(_plain_pack, _plain_unpack, 1), "wgmma": Layout(_wgmma_pack, _wgmma_unpack, 1),
+    "plain": Layout(_plain_pack, _plain_unpack, 1), "wgmma": Layout(_wgmma_pack, _wgmma_unpack, 1, bits=(8,)),
     "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni"),
     "cuda_bf16": _cuda("cuda_bf16"), "cuda_int8": _cuda("cuda_int8"),
 }
