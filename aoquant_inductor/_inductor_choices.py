@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 
 from aoquant_inductor._inductor import plain_tensors, private
@@ -97,7 +96,8 @@ def select(
     callers += [_reference(name, nodes, layout, reference, taken.append) for reference in references]
     if not callers:
         raise NotImplementedError(f"{name}: no config compiles: {errors}")
-    result = algorithm(name, callers, nodes, layout)
+    # chosen now, not with the fusions: a reference is several nodes, and the report is to name what was taken
+    result = algorithm(name, callers, nodes, layout, return_multi_template=False)
     return taken[-1], result[0] if isinstance(result, tuple) else result  # a pair from torch 2.12 on
 
 
@@ -114,7 +114,7 @@ def _noted(output_node: Callable[[], IR], label: str, taken: list[str]) -> Calla
 def _workspace(size: int, device: torch.device) -> Any:
     argument, mode = private("torch._inductor.codegen.common", "WorkspaceArg", "WorkspaceZeroMode")
     return argument(
-        count=sympy.Integer(size), zero_mode=mode.UNINITIALIZED, device=device, outer_name=argument.unique_name()
+        count=size, zero_mode=mode.UNINITIALIZED, device=device, outer_name=argument.unique_name()
     )
 
 

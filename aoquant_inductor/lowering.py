@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def _lower(problem: Problem) -> Any:
     tries = (*(() if inductor.measuring() else BACKENDS.get(problem.device.type, ())), portable.linear)
     name, result = next(found for backend in tries if (found := backend(problem)) is not None)
     kernels = _recording.get()
-    if kernels is not None:
+    if kernels is not None and not inductor.measuring():
         kernels.setdefault(problem.key, set()).add(name)
     return ir.view(result, [*problem.leading, problem.n])
 
@@ -68,12 +68,31 @@ def _linear_wo(x: Any, w: Any, scale: Any, zero: Any, bias: Any, *key: Any) -> A
 def _linear_dynamic(
     x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any, *key: Any
 ) -> Any:
+    if key[5] == "cuda_bf16":
+        return _linear_dynamic_bf16(x_q, x_scale, x_zero, w, scale, zero, bias, key)
     return _lower(Problem.of(x_q, x_scale, x_zero, w, scale, zero, sums, bias, key[:-1], key[-1]))
 
 
 def _linear_grad(grad: Any, w: Any, scale: Any, zero: Any, *key: Any) -> Any:
     problem = Problem.of(grad, None, None, w, scale, zero, None, None, key, grad.get_dtype())
     return ir.view(portable.grad(problem), [*problem.leading, problem.k])
+
+
+def _linear_dynamic_bf16(
+    x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, bias: Any, key: Sequence[Any]
+) -> Any:
+    """Groups too small for integer sums (packing.choose) go through the weight-only kernels: x_q - x_zero is within -255..255,
+    which bf16 holds exactly.
+    """
+    aten = torch.ops.aten
+    x = ir.to_dtype(x_q, torch.bfloat16)
+    if x_zero is not None:
+        x = ir.aten(aten.sub.Tensor, x, ir.to_dtype(x_zero, torch.bfloat16))
+    y = _lower(Problem.of(x, None, None, w, scale, zero, None, None, key[:-1], torch.float32))
+    y = ir.aten(aten.mul.Tensor, y, x_scale)
+    if bias is not None:
+        y = ir.aten(aten.add.Tensor, y, ir.to_dtype(bias, torch.float32))
+    return ir.to_dtype(y, key[-1])
 
 
 @functools.cache

@@ -4,6 +4,8 @@
 |------------|-----------------------------------------------------------|----------------------------------------------|
 | `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
 | `wgmma`    | int8 [N, K], K in the order of `_wgmma_order`              | [G, N], as quantized                         |
+| `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | [G, N] up to the padded shape; int zeros bf16 |
+| `cuda_int8` | packing_cuda.py, int4 for int8 activations                | the same                                     |
 | `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
 | `cpu_vnni` | packing_cpu.py, for vpdpbusd                              | the same                                     |
 
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from aoquant_inductor import packing_cpu, qparams
+from aoquant_inductor import packing_cpu, packing_cuda, qparams
 from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized
 from aoquant_inductor.scheme import DTYPES, Scheme
@@ -65,6 +67,7 @@ class Layout:
     pack: Callable[[Quantized, bool], Packed]
     unpack: Callable[[torch.Tensor, int, int, str], torch.Tensor]
     rows: int
+    bits: tuple[int, ...] = (4, 8)
 
 
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
@@ -125,9 +128,28 @@ def _cpu(kind: str) -> Layout:
     return Layout(pack, unpack, packing_cpu.COLUMNS)
 
 
+def _cuda(kind: str) -> Layout:
+    def pack(quantized: Quantized, sums: bool) -> Packed:
+        spec, (n, k), groups = quantized.spec, quantized.w_q.shape, quantized.scale.shape[0]
+        group = spec.group_size or 0
+        n_pad, k_pad = packing_cuda.padded_shape(n, k)
+        pad = (0, n_pad - n, 0, packing_cuda.padded_groups(k_pad, group, groups) - groups)
+        scale = torch.nn.functional.pad(quantized.scale, pad)
+        zero = None
+        if quantized.zero is not None:
+            zero_dtype = torch.bfloat16 if spec.zero_point == "int" else torch.float32  # -8..7 is exact in bf16
+            zero = torch.nn.functional.pad(quantized.zero.to(zero_dtype), pad)
+        total = packing_cpu.weight_sums(quantized.w_q, scale[:groups], group, n_pad)[None] if sums else None
+        w = packing_cuda.pack(quantized.w_q, kind)
+        return Packed(w, scale, zero, total, (n, k), spec.dtype, group, spec.zero_point, kind)
+
+    return Layout(pack, lambda w, k, n, w_dtype: packing_cuda.unpack(w, n, k, kind), packing_cuda.ROWS, bits=(4,))
+
+
 LAYOUTS = {
-    "plain": Layout(_plain_pack, _plain_unpack, 1), "wgmma": Layout(_wgmma_pack, _wgmma_unpack, 1),
+    "plain": Layout(_plain_pack, _plain_unpack, 1), "wgmma": Layout(_wgmma_pack, _wgmma_unpack, 1, bits=(8,)),
     "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni"),
+    "cuda_bf16": _cuda("cuda_bf16"), "cuda_int8": _cuda("cuda_int8"),
 }
 
 
@@ -135,10 +157,17 @@ def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: Sequ
     """The layout of a weight[N, K] of `dtype` on `device`: one that serves every M."""
     if device.type == "cpu" and packing_cpu.available():
         return "cpu_bf16" if scheme.activation is None else "cpu_vnni"
-    if device.type == "cuda" and Card.of(device).arch == 90 and dtype in (torch.bfloat16, torch.float16):
-        spec, k = scheme.weight, shape[1]
-        if spec.bits == 8 and scheme.activation is None and k % 64 == 0 and (spec.group_size or k) % 64 == 0:
-            return "wgmma"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "plain"
+    arch, spec, k = Card.of(device).arch, scheme.weight, shape[1]
+    if spec.bits == 4 and arch >= 80 and dtype == torch.bfloat16:
+        one_group = qparams.n_groups(k, spec.group_size) == 1
+        if scheme.activation is not None and (one_group or (spec.group_size or k) >= 128):
+            return "cuda_int8"
+        if not (one_group and spec.zero_point == "float" and not spec.symmetric):
+            return "cuda_bf16"
+    if spec.bits == 8 and arch == 90 and scheme.activation is None and k % 64 == 0 and (spec.group_size or k) % 64 == 0:
+        return "wgmma"
     return "plain"
 
 

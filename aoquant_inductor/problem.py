@@ -39,6 +39,10 @@ class Problem:
         cls, x: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any,
         key: Sequence[Any], out_dtype: torch.dtype,
     ) -> Problem:
+        # before any view of it: what reads a view of an unrealized node gets a copy of its own, one per linear
+        for node in (x, x_scale, x_zero):
+            if node is not None:
+                node.realize()
         leading = tuple(x.get_size()[:-1])
         m = ir.product(leading)
         rows = lambda t: None if t is None else ir.view(t, [m, 1])  # noqa: E731

@@ -61,6 +61,7 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
     """The op over `tensors`, alone in a graph on the current GPU; `config`: the kernel and config to take, not the default."""
     from torch._inductor import config as inductor_config
     from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -69,7 +70,8 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
-        graph_of = make_fx(lambda *args: (op(dict(zip(tensors, args, strict=True))),), tracing_mode="real")
+        run = lambda *args: (op(dict(zip(tensors, args, strict=True))),)  # noqa: E731
+        graph_of = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="real")
         gm = graph_of(*inputs)
     with (
         inductor_config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake),
@@ -95,7 +97,7 @@ def _forced(kernel: Kernel, config: Config) -> Any:
     def default(p: Any, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Config]:
         able = kernel.config(p, card, config) if kernel.fits(p, card) else None
         if able is None:
-            raise CannotRun(f"{kernel.name} {config}")
+            raise CannotRun(f"{kernel.template} {config}")
         return kernel, able
 
     return mock.patch.object(lowering_triton, "default", default)

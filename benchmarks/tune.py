@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -72,8 +73,15 @@ class Built:
     options: Mapping[str, int]
 
 
-def build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built:
-    """Rendered and compiled into Triton's cache; in a process of its own, with tensors that hold nothing."""
+def build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built | str:
+    """Rendered and compiled into Triton's cache, in a process of its own; or why not: not every exception can be pickled."""
+    try:
+        return _build(problem, kernel, config, folder)
+    except Exception as error:
+        return str(error)[:160].replace("\n", " ")
+
+
+def _build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built:
     op, tensors = problem.operands("meta")
     rendered = render.render(op, tensors, (next(k for k in reversed(KERNELS) if k.template == kernel), config))
     name, source, _, options = render.kernel(rendered.code)
@@ -84,7 +92,7 @@ def build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built:
     return Built(rendered.code, rendered.names, name, Path(function.fn.__code__.co_filename), options)
 
 
-def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built]]]) -> Iterator[dict[str, Any]]:
+def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]]) -> Iterator[dict[str, Any]]:
     """A row per config, and one of cuBLAS's bf16."""
     op, tensors = problem.operands("cuda")
     expected = op(tensors).clone()
@@ -100,6 +108,9 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built]]]) -
         row = {"kernel": kernel, "config": text}
         try:
             b = future.result()
+            if isinstance(b, str):
+                yield {**row, "us": float("inf"), "ratio": 0.0, "note": b}
+                continue
             y = torch.full((problem.m, problem.n), float("nan"), dtype=torch.bfloat16, device="cuda")
             args, grid = render.call(render.Rendered(op, tensors, b.code, b.names), b.name, y)
             launch = partial(render.load_file(b.path, b.name)[grid], **b.options)
@@ -114,8 +125,6 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built]]]) -
             note = f"WRONG {wrong}" if wrong > (y.numel() // 1000 if "x_scale" in tensors else 0) else ""
             note += f" regs {compiled.n_regs} spills {compiled.n_spills}"
             yield {**row, "us": us, "ratio": base / us, "note": note}
-        except render.CannotRun:
-            continue
         except Exception:
             why = traceback.format_exc(limit=0).strip()[-160:].replace("\n", " ")
             yield {**row, "us": float("inf"), "ratio": 0.0, "note": why}
@@ -161,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=f"{folder}/cache"),  # Inductor gives its processes another one
         ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         built = {

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -114,3 +118,41 @@ def assemble(code: str, folder: Any, arch: int = 90) -> Any:
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if str(kind).startswith("*")}
     ast_source = ASTSource(fn=load(name, source, folder), signature=signature, constexprs={}, attrs=attrs)
     return triton.compile(ast_source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def ptxas_log(built: Any, folder: Path) -> str:
+    """What ptxas says of a compiled kernel, with its counts of registers and spills."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path = folder / "kernel.ptx"
+    path.write_text(built.asm["ptx"])
+    arch = re.search(r"^\.target (sm_\w+)", built.asm["ptx"], re.M).group(1)  # type: ignore[union-attr]
+    command = [get_ptxas(int(re.sub(r"\D", "", arch))).path, "-v", f"--gpu-name={arch}", str(path), "-o", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def render_gated(scheme: str, m: int, n: int, k: int) -> Rendered:
+    """silu(a(h)) * b(h) + residual of h = RMSNorm(x), as a graph of quantize_per_token and two linears."""
+    choice = SCHEMES[scheme]
+    assert choice.activation is not None
+    with pretended_gpu():
+        layout = packing.choose(choice, torch.device("cuda", 0), torch.bfloat16, (n, k))
+    packs = [packing.pack(qparams.quantize(torch.randn(n, k).bfloat16(), choice.weight), choice, layout) for _ in range(2)]
+    tensors = {"x": torch.randn(m, k).bfloat16(), "residual": torch.randn(m, n).bfloat16()}
+    for i, p in enumerate(packs):
+        tensors |= {f"{name}{i}": t for name, t in (("w", p.w), ("scale", p.scale), ("sums", p.sums)) if t is not None}
+    quantize = qparams.quantize_per_token if choice.activation.symmetric else qparams.quantize_per_token_asym
+
+    def op(t: dict[str, Any]) -> torch.Tensor:
+        x = t["x"].float()
+        left = (*quantize((x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()), None)[:3]
+        a, b = (
+            torch.ops.aoquant.linear_dynamic(
+                *left, t[f"w{i}"], t[f"scale{i}"], None, t.get(f"sums{i}"), None, *p.key, torch.bfloat16
+            )
+            for i, p in enumerate(packs)
+        )
+        return torch.nn.functional.silu(a) * b + t["residual"]
+
+    with pretended_gpu():
+        return render_module.render(op, tensors)

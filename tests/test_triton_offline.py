@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,51 +20,128 @@ if torch.cuda.is_available():
 
 import offline
 
-INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8"}
-BF16 = {80: "m16n8k16.*f32.bf16.bf16", 90: "(wgmma.*|m16n8k16.*)f32.bf16.bf16"}
+from aoquant_inductor import card
+from aoquant_inductor.templates import Config, Kernel, gemv, int4, linear
+
+INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8", 100: "(tcgen05.mma.*|m16n8k32.*s32.s8.s8)"}
+BF16 = {80: "m16n8k16.*f32.bf16.bf16", 90: "(wgmma.*|m16n8k16.*)f32.bf16.bf16", 100: "(tcgen05.mma.*kind::f16|m16n8k16.*bf16.bf16)"}
 WANTED = {
     "int8wo": BF16, "int8dq": INT8, "int4wo-32-asym": BF16, "int4wo-128": BF16, "int8dq-int4w-128-asym-asymact": INT8,
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+def check(rendered: offline.Rendered, folder: Path, arch: int) -> str:
+    """The PTX of the kernel; ptxas spilled nothing and serialized no wgmma."""
+    built = offline.assemble(rendered.code, folder, arch)
+    log = offline.ptxas_log(built, folder)
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", log), log
+    assert "serializ" not in log, log
+    return str(built.asm["ptx"])
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
 @pytest.mark.parametrize("scheme", WANTED)
-def test_compiles_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
-    for m in (1, 256):
+def test_defaults_compile_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
+    for m in (8, 256):
         rendered = offline.render(scheme, m, 256, 576, torch.bfloat16, arch=arch)
-        ptx = offline.assemble(rendered.code, tmp_path, arch).asm["ptx"]
-        assert re.search(WANTED[scheme][arch], ptx), (m, sorted(set(re.findall(r"(?:wgmma|mma)\.\S+", ptx))))
-        assert ".local" not in ptx, "registers spill"
-        assert arch == 80 or m == 1 or "wgmma.mma_async" in ptx
+        ptx = check(rendered, tmp_path, arch)
+        wanted = WANTED[scheme][arch // 10 * 10]
+        assert re.search(wanted, ptx), (m, sorted(set(re.findall(r"(?:wgmma|mma)\.\S+", ptx))))
+        assert arch != 90 or m == 8 or "wgmma.mma_async" in ptx
 
 
-# bf16 is broken in Triton's interpreter: fp16 and fp32 there, bf16 on the card.
-SPLIT, SWAPPED = "Config(16, 32, 128, 4, 3, split_k=4)", "Config(32, 64, 128, 4, 3, swap=True, split_k=2)"
+def distinct(kernel: Kernel) -> list[Config]:
+    """Its configs, each with one split: the machine code differs in nothing else."""
+    return list(dict.fromkeys(replace(config, split_k=min(2, abs(config.split_k))) for config in kernel.configs))
+
+
+FAST = (
+    ("int8dq", 256, linear.INT8_DYNAMIC), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL),
+    ("int4wo-128", 1, int4.GEMV), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
+    ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
+)
+CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried]
+CONFIGS += [("int8wo-128", 64, linear.INT8_WEIGHT_ONLY, config) for config in (linear.W16, linear.W64_WIDE, linear.W128)]
+
+
+@pytest.mark.parametrize(("scheme", "m", "kernel", "config"), CONFIGS, ids=lambda v: str(v) if isinstance(v, Config) else "")
+def test_every_config_compiles_without_spills(scheme: str, m: int, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    rendered = offline.render(scheme, m, 256, 2048, torch.bfloat16, bias=False, config=(kernel, config))
+    ptx = check(rendered, tmp_path, 90)
+    assert m == 1 or "wgmma.mma_async" in ptx
+    # the hazard of `carried` needs a wgmma that is still running when its registers are written again
+    assert set(re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx)) <= {"0"}
+
+
+@pytest.mark.parametrize(("version", "choice"), [((12, 8), False), ((0, 0), False), ((13, 3), True)])
+def test_a_config_that_ptxas_may_miscompile_is_no_choice(
+    version: tuple[int, int], choice: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "ptxas_version", lambda arch: version)
+    carried = (linear.INT8_WEIGHT_ONLY, replace(linear.W64, carried=True))
+    with contextlib.nullcontext() if choice else pytest.raises(Exception, match="carried"):
+        offline.render("int8wo", 64, 256, 512, torch.bfloat16, config=carried)
+
+
+def test_the_version_of_ptxas_is_known_here() -> None:
+    assert card.ptxas_version(90) >= (12, 0)
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact"])
+def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str) -> None:
+    """RMSNorm -> two linears -> silu(a) * b + residual: one kernel before the matmuls, none between them or after, no int32 tile."""
+    rendered = offline.render_gated(scheme, 512, 2048, 1024)
+    names = re.findall(r"^(triton_\w+) = async_compile", rendered.code, re.M)
+    counts = Counter(name.split("_")[1] for name in names)
+    assert counts["per"] + counts["red"] == 1 and not counts["poi"], names
+    calls = re.findall(r"triton_tem\w+\.run\(", rendered.code)
+    assert len(calls) == 2, rendered.code
+    sizes = re.findall(r"empty_strided_cuda\(\((?:512, \d{2,})\), \S+ 1\), torch.(\w+)\)", rendered.code)
+    assert sorted(sizes) == ["bfloat16", "bfloat16", "int8"], sizes
+
+
+# bf16 is broken in Triton's interpreter but for what ptx.py teaches it: the general kernel in fp16 and fp32, bf16 on the card.
+SPLIT = "(linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=4))"
+SWAPPED = "(linear.GENERAL, Config(32, 64, 128, 4, 3, swap=True, split_k=2))"
+HELD = SWAPPED.replace("))", ", extra=(('HELD', True),)))")
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
-          ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
+          ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 CASES = [
     ("int8wo", "float16", 5, 33, 65), ("int8wo-32", "float32", 3, 40, 33), ("int8dq", "float16", 5, 70, 129),
     ("int8dq-asymact", "float32", 3, 33, 31), ("int4wo-32-asym", "float16", 5, 33, 129), ("int4wo-32-asymfloat", "float32", 2, 20, 70),
     ("int4wo-row-asym", "float16", 2, 33, 65), ("int8dq-int4w-32-asym-asymact", "float32", 5, 33, 129),
     ("int8dq-int4w-asym-asymact", "float16", 3, 33, 65),
 ]
-FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
+FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo", "float16", 2, 35, 704), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
+INT4 = [
+    ("int4wo-128", 3, 40, 400, None), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
+    ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-128-asym", 20, 70, 400, None),
+    ("int4wo-128", 20, 70, 1100, "(int4.SUMS, Config(16, 64, 256, 4, 3, split_k=2))"), ("int4wo-row-asym", 9, 70, 400, None),
+    ("int4wo-32-asym", 20, 70, 400, None), ("int4wo-64-asymfloat", 5, 70, 400, None),
+    ("int4wo-32", 100, 70, 400, "(int4.ONE_SUM, int4.S128)"), ("int8dq-int4w", 5, 70, 400, None),
+    ("int8dq-int4w-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-128", 5, 70, 400, None),
+    ("int8dq-int4w-128-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-256-asym", 40, 70, 700, None),
+]
 CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED
+CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]
 RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import pathlib, torch, offline
+import pathlib, torch, offline, ptx
+ptx.teach()
 torch.manual_seed(0)
-from aoquant_inductor.templates import Config, linear
+from aoquant_inductor import card
+from aoquant_inductor.templates import Config, int4, linear
 for scheme, dtype, m, n, k, config in {cases!r}:
-    config = eval(config)
-    r = offline.render(scheme, m, n, k, getattr(torch, dtype), config=config and (linear.GENERAL, config))
+    r = offline.render(scheme, m, n, k, getattr(torch, dtype), config=eval(config))
     name, source, signature, _ = offline.kernel(r.code)
     y = torch.full((m, n), float("nan"), dtype=getattr(torch, dtype))
     args, grid = offline.call(r, name, y)
     offline.load(name, source, pathlib.Path({tmp!r}))[grid](*args)
     want = r.expected.double()
     noise = float((y.double() - want).square().sum()); signal = float(want.square().sum())
-    assert noise <= signal * 10 ** -5.5, (scheme, dtype, noise / signal)
+    # int4 sums are the reference's but where the scale of a small group is multiplied into a bf16 weight
+    limit = 10**-5.5 if dtype != "bfloat16" else 10**-5 if {{"32", "64"}} & set(scheme.split("-")) else 10**-8
+    assert noise <= signal * limit, (scheme, dtype, noise / signal)
     print("right", scheme)
 """
 

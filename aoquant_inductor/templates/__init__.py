@@ -1,13 +1,13 @@
-"""The Triton kernels: for each one <name>.py.jinja, and <name>.py that says what it fits and lists its configs as data.
+"""The Triton kernels: for each one <name>.py.jinja, and a <name>.py that says what it fits and lists its configs as data.
 
 A new kernel is those two files and its place in KERNELS: the order in which default mode asks them. The last one fits all.
 """
 
 from __future__ import annotations
 
-from aoquant_inductor.templates import gemv, linear
+from aoquant_inductor.templates import gemv, int4, linear
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
-KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, linear.INT8_DYNAMIC, linear.INT8_WEIGHT_ONLY, linear.GENERAL)
+KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, *int4.KERNELS, linear.INT8_DYNAMIC, linear.INT8_WEIGHT_ONLY, linear.GENERAL)
 
 __all__ = ["KERNELS", "Config", "Default", "Kernel"]

@@ -14,7 +14,7 @@ from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
 
 FOLDER = Path(__file__).parent
-FILL = 0
+FILL, FILL_TWICE = -1, -2
 ANY = 1 << 62
 MAX_SPLIT = 16
 SAFE_PTXAS = (13, 3)
@@ -25,9 +25,9 @@ class Config:
     """One program makes block_m x block_n of y in steps of block_k.
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
-    each a part of K; FILL is as many as give every multiprocessor one. carried: accumulators stay in the loop although a
-    converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. extra: further
-    constants.
+    each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
+    although a converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. extra:
+    further constants.
     """
 
     block_m: int
@@ -42,8 +42,12 @@ class Config:
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        words = ["swapped"] * self.swap + ["carried"] * self.carried + [f"split {self.split_k}"] * (self.split_k > 1)
+        words = ["swapped"] * self.swap + ["carried"] * self.carried + [name.lower() for name, on in self.extra if on]
+        words += [f"split {self.split_k}"] * (self.split_k > 1)
         return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *words])
+
+    def tiles(self, m: int, n: int) -> int:
+        return -(-m // self.block_m) * -(-n // self.block_n)
 
     def keywords(self) -> dict[str, Any]:
         return {
@@ -55,16 +59,21 @@ class Config:
 
 @dataclass(frozen=True)
 class Default:
-    """What default mode takes for M <= upto, N >= n, K >= k on `arch` and later; None is the portable lowering."""
+    """What default mode takes for M <= upto, N >= n, K >= k on `arch` and later, where every multiprocessor gets at least
+    `waves` tiles; None is the portable lowering.
+    """
 
     config: Config | None
     upto: int = ANY
     arch: int = 0
     n: int = 0
     k: int = 0
+    waves: float = 0
 
     def covers(self, p: Problem, card: Card) -> bool:
-        return bool(ir.rows_hint(p.m) <= self.upto) and card.arch >= self.arch and p.n >= self.n and p.k >= self.k
+        m = ir.rows_hint(p.m)
+        enough = self.config is None or self.config.tiles(m, p.n) >= self.waves * card.sms
+        return m <= self.upto and card.arch >= self.arch and p.n >= self.n and p.k >= self.k and enough
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,11 @@ class Kernel:
         if config.split_k == 1:
             return config
         if m is None:  # the counters bound the number of tiles
-            return replace(config, split_k=1) if config.split_k == FILL else None
-        tiles = -(-m // config.block_m) * -(-p.n // config.block_n)
-        steps = -(-p.k // config.block_k)
-        split = config.split_k
-        if split == FILL:
-            split = 1
-            while 2 * split * tiles <= card.sms and 4 * split <= steps and split < MAX_SPLIT:
+            return replace(config, split_k=1) if config.split_k < 0 else None
+        tiles, steps, split = config.tiles(m, p.n), -(-p.k // config.block_k), config.split_k
+        if split < 0:
+            wanted_programs, split = -split * card.sms, 1
+            while 2 * split * tiles <= wanted_programs and 4 * split <= steps and split < MAX_SPLIT:
                 split *= 2
         if split > steps or (split > 1 and tiles > inductor.COUNTERS):
             return None
@@ -108,8 +115,7 @@ class Kernel:
         keywords = {**common_keywords(p), **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
-            tiles = -(-(ir.most_rows(p.m) or 0) // config.block_m) * -(-p.n // config.block_n)
-            scratch = 4 * config.split_k * tiles * config.block_m * config.block_n
+            scratch = 4 * config.split_k * config.tiles(ir.most_rows(p.m) or 0, p.n) * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
         label = f"Triton {self.template} {kind} {config}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
@@ -122,8 +128,9 @@ def _shared(p: Problem, config: Config) -> int:
 
 @functools.cache
 def template(name: str) -> Any:
-    """common.jinja's macros, then the kernel."""
-    source = (FOLDER / "common.jinja").read_text() + (FOLDER / f"{name}.py.jinja").read_text()
+    """The macros that kernels share, then the kernel."""
+    shared = [path for path in sorted(FOLDER.glob("*.jinja")) if not path.name.endswith(".py.jinja")]
+    source = "".join(path.read_text() for path in (*shared, FOLDER / f"{name}.py.jinja"))
     return inductor.triton_template(f"aoquant_{name}", source)
 
 

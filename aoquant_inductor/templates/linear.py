@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates.kernel import FILL, Config, Default, Kernel
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
 
 
 def _adapt(p: Problem, config: Config) -> Config | None:
@@ -16,13 +16,15 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     block_k = min(config.block_k, 32 if p.x.get_dtype() == torch.float32 else config.block_k, 1 << (p.k - 1).bit_length())
     least = 64 if p.layout == "wgmma" else 32
     block_k = max(least, block_k if p.groups == 1 else min(block_k, p.group_size))
+    if p.groups > 1 and config.block_m * config.block_n > 64 * 32 * config.num_warps:
+        return None  # the product of one step and the sums side by side do not fit a thread's registers
     if p.zero is not None and p.groups == 1 and config.split_k != 1:
         return replace(config, block_k=block_k, split_k=1)  # the sums of x are not shared by the programs of a tile
     return replace(config, block_k=block_k)
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return {"EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma"}
+    return {"EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma", "HELD": False}
 
 
 GENERAL_CONFIGS = (
@@ -40,21 +42,59 @@ GENERAL = Kernel(
     _keywords, _adapt,
 )
 
-# int8 x int8: exact sums, whatever ptxas. Two programs per multiprocessor at large M: Triton waits for every int32 dot, which
-# only a second program hides.
-D16 = Config(16, 64, 256, 4, 4, swap=True, split_k=FILL)
-D64 = Config(64, 64, 256, 4, 3, swap=True, split_k=FILL)
-D256 = Config(64, 128, 128, 4, 4, swap=True, split_k=FILL)
-DBIG = Config(128, 128, 128, 4, 3, group_m=16)
+# Measured by benchmarks/tune.py on an H100 (132 multiprocessors): 28672x4096, 4096x14336 and 4096x4096.
+# int8 x int8 is exact with every ptxas. Large tiles want two programs per multiprocessor: Triton waits for every int32 dot, and
+# only a second program hides that. Few rows: x is the narrow side, and K is split until enough loads are in flight.
+D16 = Config(16, 64, 256, 4, 4, swap=True)
+D64_WIDE = Config(64, 64, 128, 4, 5, swap=True)
+D64 = Config(64, 32, 256, 4, 4)
+D256 = Config(64, 64, 128, 4, 5)
+D_LARGE = Config(128, 128, 128, 4, 3, group_m=16)
 INT8_DYNAMIC = Kernel(
-    "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90, (D16, D64, D256, DBIG),
-    (Default(D16, 16), Default(D64, 64), Default(D256, 256), Default(DBIG)), _keywords, _adapt,
+    "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
+    (
+        *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64, D256) for split in (1, FILL, FILL_TWICE)),
+        D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True), Config(128, 64, 128, 4, 4),
+    ),
+    (
+        Default(replace(D16, split_k=FILL_TWICE), upto=16, k=8192),
+        Default(replace(D16, split_k=FILL), upto=16),
+        Default(D64_WIDE, upto=64, waves=2),
+        Default(replace(D64, split_k=FILL_TWICE), upto=64, k=8192),
+        Default(replace(D64, split_k=FILL), upto=64),
+        Default(D_LARGE, waves=1.5),
+        Default(replace(D256, split_k=FILL_TWICE)),
+    ),
+    _keywords, _adapt,
 )
 
-W16 = Config(16, 64, 128, 4, 4, swap=True, split_k=FILL)
-W64 = Config(64, 128, 128, 8, 4, swap=True, split_k=FILL)
-W256 = Config(128, 64, 128, 4, 3, swap=True)
+# int8 weights on the left, converted to bf16 in registers. HELD (linear.py.jinja) is right with every ptxas; what the wait for
+# each dot costs, a second program per multiprocessor gives back. Past 512 rows one dequantization and cuBLAS lose less than
+# every program's own conversion: .72x of bf16 instead of .68x at 28672x4096 and M = 1024.
+HELD = (("HELD", True),)
+W16 = Config(16, 64, 128, 4, 4, swap=True)
+W32 = Config(32, 64, 128, 4, 4, swap=True)
+W64 = Config(64, 64, 128, 4, 4, swap=True, extra=HELD)
+W64_WIDE = Config(64, 128, 128, 8, 4, swap=True, extra=HELD)
+W128 = Config(128, 64, 128, 4, 3, swap=True, extra=HELD)
+W256 = Config(256, 64, 64, 4, 3, swap=True, extra=HELD)
 INT8_WEIGHT_ONLY = Kernel(
-    "linear", lambda p, card: p.layout == "wgmma", (W16, W64, W256),
-    (Default(W16, 16), Default(W64, 64), Default(W256, 256)), _keywords, _adapt,
+    "linear", lambda p, card: p.layout == "wgmma",
+    tuple(
+        replace(config, split_k=split)
+        for config in (W16, W32, W64, W64_WIDE, W128, W256, Config(128, 128, 64, 4, 4, swap=True, extra=HELD))
+        for split in (1, FILL, FILL_TWICE)
+    ),
+    (
+        Default(replace(W16, split_k=FILL_TWICE), upto=16),
+        Default(replace(W32, split_k=FILL_TWICE), upto=32),
+        Default(replace(W64_WIDE, split_k=FILL), upto=64, n=8192),
+        Default(replace(W64_WIDE, split_k=FILL), upto=64, k=8192),
+        Default(replace(W64, split_k=FILL_TWICE), upto=64),
+        Default(replace(W128, split_k=FILL_TWICE), upto=128),
+        Default(W256, upto=512, waves=1.5),
+        Default(replace(W128, split_k=FILL_TWICE), upto=512),
+        Default(None),
+    ),
+    _keywords, _adapt,
 )

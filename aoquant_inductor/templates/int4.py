@@ -1,0 +1,152 @@
+"""int4_*.py.jinja: int4 weights on CUDA at every M, over the two layouts of packing_cuda.py.
+
+The defaults are an H100's, group 128 at 28672x4096, 4096x14336 and 4096x4096. A wide weight has tiles for every multiprocessor;
+a narrower one splits K until the card is full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from aoquant_inductor import _inductor_choices as inductor
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import packing_cuda
+from aoquant_inductor.card import Card
+from aoquant_inductor.problem import Problem
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel, common_keywords, template
+
+SCALED = (("SCALED", True),)
+
+
+def _keywords(p: Problem, config: Config) -> dict[str, Any]:
+    n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
+    m, one_sum = ir.static(p.m), p.groups == 1 or config.extra == SCALED
+    return {
+        "N": p.n, "N_PAD": n_pad, "K_PAD": k_pad, "EVEN_K": p.k == k_pad, "WARPS": config.num_warps,
+        "FEW": m is not None and m < config.block_m, "WIDE_SCALE": p.scale.get_dtype() == torch.float32,
+        # a sum of all groups that stays in the accumulator, although not `carried`: a dot waited for, twice in a chunk
+        "SCALED": False, "PARTS": 2 if one_sum and config.block_k == 128 and not config.carried else 1,
+    }
+
+
+def _gemv_fits(p: Problem, card: Card) -> bool:
+    m = ir.static(p.m)
+    return p.layout == "cuda_bf16" and m is not None and m <= 8 and (p.groups == 1 or p.group_size % 128 == 0)
+
+
+def _gemv_adapt(p: Problem, config: Config) -> Config | None:
+    n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
+    return None if n_pad % config.block_n or k_pad < config.block_k else config
+
+
+GEMV_WIDE = Config(8, 16, 256, 2, 1)
+GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
+GEMV = Kernel(
+    "int4_gemv", _gemv_fits,
+    (
+        GEMV_WIDE, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL), Config(8, 32, 256, 2, 1, split_k=8 * FILL),
+        Config(8, 32, 256, 1, 1), Config(8, 16, 512, 1, 1, split_k=16 * FILL), Config(8, 16, 128, 1, 1),
+    ),
+    (Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4), Default(Config(8, 16, 128, 1, 1), upto=4)),
+    _keywords, _gemv_adapt,
+)
+
+
+def _one_sum(p: Problem) -> bool:
+    """Whether all groups are summed up in one accumulator: there is one, or their scales cannot wait for the sum over a group,
+    which is smaller than a dot, or has a zero off the grid.
+    """
+    return p.groups == 1 or p.group_size < 128 or (p.zero is not None and p.zero_point == "float")
+
+
+def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
+    return replace(config, extra=()) if p.groups == 1 else config
+
+
+def _scaled(config: Config) -> Config:
+    return replace(config, extra=SCALED)
+
+
+L16 = Config(16, 64, 128, 4, 4, split_k=FILL_TWICE)
+L16_LONG = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
+L32 = Config(32, 64, 128, 4, 4, split_k=FILL_TWICE)
+L64 = Config(64, 64, 128, 4, 4, split_k=FILL_TWICE)
+L64_WIDE = Config(64, 128, 128, 8, 3)
+L128 = Config(128, 64, 128, 4, 3, split_k=FILL_TWICE)
+L128_WIDE = _scaled(Config(128, 128, 128, 8, 3))
+L256 = _scaled(Config(256, 128, 128, 8, 3))
+
+
+def _linear_defaults(l16: Config, l32: Config, l64_wide: Config, l64: Config, l128: Config) -> tuple[Default, ...]:
+    return (
+        Default(l16, upto=16), Default(l32, upto=32), Default(l64_wide, upto=64, waves=1.5), Default(l64, upto=64),
+        Default(L128_WIDE, upto=128, waves=1.5), Default(L256, upto=512, waves=1.5), Default(l128, upto=512),
+        # from 4096 on the weight as bf16 in memory and cuBLAS: 1.01x bf16 on an H100 (.94x L256); .86x at 2048 (.93x)
+        Default(L256, upto=3072), Default(None),
+    )
+
+
+OVERLAPPED = tuple(replace(config, carried=True) for config in (L128_WIDE, L256))
+LARGE = (L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), *OVERLAPPED)
+SUMS = Kernel(
+    "int4_linear", lambda p, card: p.layout == "cuda_bf16" and not _one_sum(p),
+    (
+        L16, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
+        Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128), *LARGE,
+    ),
+    _linear_defaults(L16, L32, L64_WIDE, L64, L128), _keywords,
+)
+L32_LONG = Config(32, 64, 256, 4, 3, split_k=FILL_TWICE)
+S16, S32, S64_WIDE, S64, S128 = (_scaled(config) for config in (L16_LONG, L32_LONG, L64_WIDE, L64, L128))
+ONE_SUM = Kernel(
+    "int4_linear", lambda p, card: p.layout == "cuda_bf16" and _one_sum(p),
+    (S16, replace(S16, split_k=4 * FILL), S32, S64_WIDE, S64, S128, *LARGE),
+    _linear_defaults(S16, S32, S64_WIDE, S64, S128), _keywords, _one_sum_adapt,
+)
+
+D16 = Config(16, 64, 256, 4, 4, split_k=FILL_TWICE)
+D64 = Config(64, 64, 256, 4, 4, split_k=FILL_TWICE)
+D256_WIDE = Config(128, 128, 128, 4, 4)
+D256 = Config(128, 64, 128, 4, 4, split_k=FILL_TWICE)
+D_LARGE = Config(128, 128, 128, 8, 3)
+D_SMALL = Config(64, 64, 128, 4, 4, split_k=FILL_TWICE)
+
+
+def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
+    """Zeros of both sides take registers that a large tile leaves only to twice the warps."""
+    crowded = p.groups > 1 and p.zero is not None and p.x_zero is not None
+    return replace(config, num_warps=8) if crowded and config.block_m * config.block_n >= 64 * 128 else config
+
+
+def _dynamic(groups: bool, configs: tuple[Config, ...], defaults: tuple[Default, ...]) -> Kernel:
+    fits = lambda p, card: p.layout == "cuda_int8" and (p.groups > 1) == groups  # noqa: E731
+    return Kernel("int4_dynamic", fits, configs, defaults, _keywords, _dynamic_adapt)
+
+
+DYNAMIC_ROW = _dynamic(
+    False, (D16, D64, D256_WIDE, D256, D_LARGE, D_SMALL, Config(64, 128, 256, 4, 3), Config(128, 128, 128, 4, 3)),
+    (
+        Default(D16, upto=16), Default(D64, upto=64), Default(D256_WIDE, upto=256, waves=1.5), Default(D256, upto=256),
+        Default(D_LARGE), Default(D_SMALL),
+    ),
+)
+G16 = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
+DYNAMIC_GROUPS = _dynamic(
+    True, (G16, D_SMALL, D256, Config(64, 128, 128, 8, 4), Config(64, 64, 256, 4, 3, split_k=FILL_TWICE)),
+    (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256)),
+)
+KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
+
+DENSE = Config(128, 128, 128, 4, 1, extra=SCALED)
+
+
+def dense(p: Problem) -> Any:
+    """The dequantized weight[N, K] in bf16 of the layout "cuda_bf16", written to memory."""
+    keywords = {**common_keywords(p), **_keywords(p, DENSE), **DENSE.keywords(), "PARTS": 1, "COUNTED": False}
+    keywords |= {"ROWS": p.n, "COLUMNS": p.k}
+    choice = inductor.TritonChoice("", template("int4_dense"), keywords)
+    inputs = [node for node in (p.w, p.scale, p.zero) if node is not None]
+    return inductor.select("aoquant_int4_dense", inputs, (p.n, p.k), torch.bfloat16, p.device, [choice])[1]

@@ -1,0 +1,92 @@
+"""The int8 kernels on the card: exact sums through split-K and replays, the kernel meant, one of it per linear."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+from util import BF16, compiled, run
+
+import aoquant_inductor
+
+pytestmark = pytest.mark.gpu
+
+
+def integers(n: int, k: int, seed: int = 0) -> nn.Linear:
+    """Weights that are their own int8 codes, with a scale of 1."""
+    linear = nn.Linear(k, n, bias=False, device="cuda", dtype=BF16).eval().requires_grad_(False)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    linear.weight.copy_(torch.randint(-127, 128, (n, k), device="cuda", generator=generator))
+    linear.weight[:, 0] = 127
+    return linear
+
+
+def tokens(m: int, k: int, seed: int, top: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randint(-top, top + 1, (m, k), device="cuda", generator=generator).to(BF16)
+    x[:, 0] = top
+    return x
+
+
+def expected(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    return (x.double() @ linear.weight.double().t()).to(BF16)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize(("scheme", "m", "top"), [("int8dq", 16, 127), ("int8dq", 64, 127), ("int8wo", 16, 7), ("int8wo", 64, 7)])
+def test_split_k_is_exact_in_every_replay(scheme: str, m: int, top: int, mode: str | None) -> None:
+    linear = integers(512, 9216)
+    function, _, report = run(linear, tokens(m, 9216, 0, top), schemes=scheme, **({"mode": mode} if mode else {}))
+    assert "split" in str(report.layers[0].kernel), str(report)
+    for seed in range(20):
+        x = tokens(m, 9216, seed, top)
+        with torch.no_grad():
+            assert torch.equal(function(x).clone(), expected(x, linear)), seed
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 33, 100, 300])
+@pytest.mark.parametrize(("n", "k"), [(33, 64), (512, 704), (1071, 2112), (200, 576)])
+def test_weight_only_sums_are_exact(m: int, n: int, k: int) -> None:
+    linear = integers(n, k)
+    x = tokens(m, k, m, 7)
+    _, y, _ = run(linear, x, schemes="int8wo")
+    assert torch.equal(y, expected(x, linear))
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "int8wo"])
+def test_one_kernel_per_linear_and_no_int32_in_memory(scheme: str) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.RMSNorm(1024), nn.Linear(1024, 2048)
+
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(self.linear(self.norm(x))) + residual
+
+    model = Residual().to("cuda", BF16).eval()
+    x, residual = (torch.randn(512, n, device="cuda", dtype=BF16) for n in (1024, 2048))
+    with torch.no_grad():
+        _, (code, *_) = run_and_get_code(compiled(model, scheme), x, residual)
+    calls = re.findall(r"(triton_[a-z]+)_\w+\.run\(", code)
+    assert sorted(calls) == ["triton_per", "triton_tem"], calls
+    assert not re.search(r"empty_strided_cuda\(\(512, 2048\).*torch.int32", code)
+    assert "extern_kernels" not in re.sub(r"extern_kernels = .*|from .*", "", code)
+
+
+@pytest.mark.parametrize("scheme", ["int8dq", "int8wo", "int8dq-asymact"])
+@pytest.mark.parametrize("m", [2, 64])
+def test_a_search_names_the_winner(scheme: str, m: int) -> None:
+    linear = integers(512, 2048)
+    x = tokens(m, 2048, 1, 7)
+    function, y, report = run(linear, x, schemes=scheme, mode="max-autotune")
+    kernel = str(report.layers[0].kernel)
+    assert re.fullmatch(r"Triton \w+ W8A(8|16) \d+x\d+x\d+.*|portable: .*", kernel), kernel
+    with torch.no_grad():
+        for _ in range(5):
+            y = function(x).clone()
+    # a search may take the dequantized bf16 matmul, or one that quantizes x with a scale of its own
+    assert float((y.double() - expected(x, linear).double()).norm() / y.double().norm()) < 0.02
+    assert aoquant_inductor.report(function).totals["quantized"] == 1
