@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/python -m demo
 
 test: .venv/ready
-	$(BIN)/ruff check aoquant_inductor demo tests benchmarks
+	$(BIN)/ruff check aoquant_inductor demo tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
