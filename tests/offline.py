@@ -131,6 +131,18 @@ def ptxas_log(built: Any, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def render_grad(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Rendered, str]:
+    """The backward of one linear, and the layout of its weight."""
+    choice = SCHEMES[scheme]
+    with pretended_gpu():
+        layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
+    p = packing.pack(qparams.quantize(torch.randn(n, k).to(dtype), choice.weight), choice, layout)
+    tensors = {"grad": torch.randn(m, n).to(dtype), "w": p.w, "scale": p.scale} | ({} if p.zero is None else {"zero": p.zero})
+    op = lambda t: torch.ops.aoquant.linear_grad(t["grad"], t["w"], t["scale"], t.get("zero"), *p.key)  # noqa: E731
+    with pretended_gpu():
+        return render_module.render(op, tensors), layout
+
+
 def render_gated(scheme: str, m: int, n: int, k: int) -> Rendered:
     """silu(a(h)) * b(h) + residual of h = RMSNorm(x), as a graph of quantize_per_token and two linears."""
     choice = SCHEMES[scheme]

@@ -154,3 +154,16 @@ def test_the_interpreter_agrees_with_the_reference(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("right") == len(CASES)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "layout"),
+    [("int8wo", torch.bfloat16, "wgmma"), ("int4wo-128-asym", torch.bfloat16, "cuda_bf16"), ("int8dq", torch.bfloat16, "plain"),
+     ("int8dq-int4w", torch.bfloat16, "cuda_int8"), ("int4wo-32-asymfloat", torch.float16, "plain")],
+)  # fmt: skip
+def test_the_backward_dequantizes_and_multiplies(scheme: str, dtype: torch.dtype, layout: str) -> None:
+    """In the graph, by one kernel and one matmul: no call of the eager reference."""
+    rendered, found = offline.render_grad(scheme, 32, 256, 384, dtype)
+    assert found == layout
+    assert "extern_kernels.mm(" in rendered.code
+    assert "aoquant.linear_grad.default(" not in rendered.code
