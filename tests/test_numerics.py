@@ -166,14 +166,13 @@ class Inside(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("scheme", ["int8wo", "int4wo-32", "int8dq"])
-def test_views_that_start_inside_of_a_buffer(scheme: str, dynamic: bool) -> None:
+def test_views_that_start_inside_of_a_buffer(dynamic: bool) -> None:
     model, x = Inside().eval(), torch.randn(7, 32, dtype=BF16)
-    function = compiled(model, scheme, dynamic=dynamic)
+    function = compiled(model, {"a": "int8wo", "b": "int4wo-32", "c": "int8dq"}, dynamic=dynamic)
     for part in (x, x[1:]):
         with torch.no_grad():
-            for y, want in zip(function(part), model(part), strict=True):
-                assert sqnr_db(y, want) > (18 if "int4" in scheme else 33)
+            for y, want, least in zip(function(part), model(part), (40, 18, 33), strict=True):
+                assert sqnr_db(y, want) > least
 
 
 def test_vmap() -> None:
