@@ -91,7 +91,7 @@ def _plain_unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor
 
 def _wgmma_order(w: torch.Tensor, back: bool = False) -> torch.Tensor:
     """w[N, K] with k = 16a + 8b + 2c + d of every 64 at 16c + 4a + 2b + d: the 16 bytes that one thread of a warpgroup holds of
-    its register operand are neighbours. Hopper's, of 16-bit types. `back` undoes it.
+    its register operand are neighbours. Hopper's, of the 16-bit types. `back` undoes it.
     """
     n, k = w.shape
     sizes, order = ((4, 4, 2, 2), (0, 1, 3, 4, 2, 5)) if back else ((4, 2, 4, 2), (0, 1, 4, 2, 3, 5))
