@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 
 from aoquant_inductor import packing
+from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS, Config
@@ -189,10 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"  {row['us']:9.2f} us {row['ratio']:5.2f}x {row['kernel']} {row['config']} {row['note']}", flush=True)
             torch.cuda.empty_cache()
     if args.csv:
+        around = measure.environment("cuda") | {"ptxas": ".".join(map(str, Card.of(torch.device("cuda", 0)).ptxas))}
         with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, [*rows[0], *around], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row | around for row in rows)
     return 0
 
 

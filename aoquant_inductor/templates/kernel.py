@@ -91,11 +91,13 @@ class Kernel:
     adapt: Callable[[Problem, Config], Config | None] = lambda p, config: config
 
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
-        """`wanted` as it can run: FILL resolved, within the card's shared memory; None if it cannot."""
+        """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         config = self.adapt(p, wanted)
         if wanted.carried and card.arch > 0 and card.ptxas < SAFE_PTXAS:
             return None
-        if config is None or _shared(p, config) > card.shared:
+        while config is not None and _shared(p, config) > card.shared:
+            config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
+        if config is None:
             return None
         m = ir.most_rows(p.m)
         if config.split_k == 1:

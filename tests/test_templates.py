@@ -1,0 +1,118 @@
+"""Which kernel and config serve a problem, without a GPU and without rendering any."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from aoquant_inductor import lowering_triton
+from aoquant_inductor._inductor_choices import COUNTERS
+from aoquant_inductor.card import UNKNOWN, Card
+from aoquant_inductor.problem import Problem
+from aoquant_inductor.templates import KERNELS, Config, Kernel
+from aoquant_inductor.templates.kernel import MAX_SPLIT
+
+H100 = Card(90, 132, 232448, (12, 8))
+CARDS = {"h100": H100, "a100": Card(80, 108, 166912, (12, 8)), "a10": Card(86, 72, 101376, UNKNOWN), "mi300": Card(0, 304, 65536, UNKNOWN)}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a choice asks of an IR node."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    def get_size(self) -> tuple[int, ...]:
+        return self.size
+
+    def get_dtype(self) -> torch.dtype:
+        return self.dtype
+
+
+def problem(scheme: str, n: int, k: int, m: int, card: Card = H100) -> Problem:
+    dynamic = scheme == "int8dq"
+    layout = "wgmma" if not dynamic and card.arch == 90 and k % 64 == 0 else "plain"
+    row = Node((m, 1), torch.float32)
+    x = Node((m, k), torch.int8 if dynamic else torch.bfloat16)
+    return Problem(
+        x, row if dynamic else None, None, Node((n, k), torch.int8), Node((1, n), torch.float32), None, None, None,
+        (k, n, "int8", 0, "int", layout), torch.bfloat16, (m,), m, torch.device("cuda"),
+    )
+
+
+def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
+    return lowering_triton.default(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "n", "k", "m", "wanted"),
+    [
+        ("int8dq", 28672, 4096, 16, "16x64x256 swapped"),
+        ("int8dq", 4096, 4096, 16, "16x64x256 swapped split 2"),
+        ("int8dq", 4096, 14336, 16, "16x64x256 swapped split 4"),
+        ("int8dq", 28672, 4096, 64, "64x64x128 swapped"),
+        ("int8dq", 4096, 4096, 64, "64x32x256"),
+        ("int8dq", 4096, 14336, 64, "64x32x256 split 2"),
+        ("int8dq", 28672, 4096, 256, "128x128x128"),
+        ("int8dq", 4096, 4096, 256, "64x64x128"),
+        ("int8dq", 4096, 4096, 1024, "128x128x128"),
+        ("int8wo", 4096, 4096, 1, "1x2x2048"),
+        ("int8wo", 28672, 4096, 16, "16x64x128 swapped"),
+        ("int8wo", 4096, 14336, 16, "16x64x128 swapped split 4"),
+        ("int8wo", 4096, 14336, 64, "64x128x128 swapped held split 4"),
+        ("int8wo", 4096, 4096, 64, "64x64x128 swapped held split 4"),
+        ("int8wo", 28672, 4096, 256, "256x64x64 swapped held"),
+        ("int8wo", 4096, 14336, 256, "128x64x128 swapped held split 2"),
+        ("int8wo", 28672, 4096, 1024, None),
+    ],
+)
+def test_the_default_is_what_was_fastest(scheme: str, n: int, k: int, m: int, wanted: str | None) -> None:
+    found = default(problem(scheme, n, k, m))
+    assert (found and str(found[1])) == wanted
+
+
+SIZES = list(itertools.product((1, 7, 896, 4096, 28672), (1, 8, 65, 576, 4864, 14336), (1, 3, 17, 100, 5000)))
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("scheme", ["int8dq", "int8wo"])
+def test_everything_has_a_default_that_fits(scheme: str, card: Card) -> None:
+    for n, k, m in SIZES:
+        p = problem(scheme, n, k, m, card)
+        found = default(p, card)
+        if found is None:
+            assert (scheme, p.layout) == ("int8wo", "wgmma") and m > 512
+            continue
+        _check(p, card, *found)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("scheme", ["int8dq", "int8wo"])
+def test_a_search_tries_each_config_once_and_only_what_can_run(scheme: str, card: Card) -> None:
+    for n, k, m in ((896, 4864, 1), (4096, 4096, 64), (28672, 576, 300)):
+        p = problem(scheme, n, k, m, card)
+        found = lowering_triton.search(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
+        texts = [(kernel.template, config) for kernel, config in found]
+        assert len(texts) == len(set(texts)) >= 3
+        for kernel, config in found:
+            _check(p, card, kernel, config)
+
+
+def _check(p: Problem, card: Card, kernel: Kernel, config: Config) -> None:
+    operands = config.block_m * p.x.get_dtype().itemsize + config.block_n
+    assert config.num_stages * config.block_k * operands <= card.shared, (kernel.template, config)
+    assert 1 <= config.split_k <= MAX_SPLIT and not config.carried
+    assert config.split_k == 1 or config.tiles(p.m, p.n) <= COUNTERS
+
+
+def test_a_carried_accumulator_needs_the_newer_ptxas() -> None:
+    p = problem("int8wo", 4096, 4096, 64)
+    kernel = next(kernel for kernel in KERNELS if kernel.fits(p, H100) and kernel.template == "linear")
+    carried = replace(kernel.configs[0], carried=True, split_k=1)
+    versions: dict[Any, bool] = {(12, 8): False, UNKNOWN: False, (13, 3): True, (14, 0): True}
+    assert {v: kernel.config(p, replace(H100, ptxas=v), carried) is not None for v in versions} == versions
