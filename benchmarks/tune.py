@@ -84,13 +84,24 @@ def build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built 
 
 def _build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built:
     op, tensors = problem.operands("meta")
-    rendered = render.render(op, tensors, (next(k for k in reversed(KERNELS) if k.template == kernel), config))
+    rendered = _render(op, tensors, kernel, config)
     name, source, _, options = render.kernel(rendered.code)
     function = render.load(name, source, folder)
     y = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device="meta")
     args, grid = render.call(rendered, name, y)
     function.warmup(*(a.dtype for a in args), grid=grid, **options)
     return Built(rendered.code, rendered.names, name, Path(function.fn.__code__.co_filename), options)
+
+
+def _render(op: render.Op, tensors: render.Tensors, kernel: str, config: Config) -> render.Rendered:
+    """By the first kernel of this template that fits the problem."""
+    errors = []
+    for candidate in (k for k in reversed(KERNELS) if k.template == kernel):
+        try:
+            return render.render(op, tensors, (candidate, config))
+        except Exception as error:  # Inductor wraps what a lowering raises
+            errors.append(error)
+    raise errors[0]
 
 
 def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]]) -> Iterator[dict[str, Any]]:

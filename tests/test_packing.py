@@ -6,7 +6,7 @@ import pytest
 import torch
 from util import BF16, FP16, FP32, sqnr_db
 
-from aoquant_inductor import packing, qparams
+from aoquant_inductor import packing, packing_cuda, qparams
 from aoquant_inductor.packing import LAYOUTS
 from aoquant_inductor.scheme import SCHEMES, Scheme
 
@@ -76,6 +76,15 @@ def test_copy_keeps_the_storage_and_takes_the_values(scheme: Scheme, layout: str
     old.copy_(new)
     assert [t.data_ptr() for t in old.tensors] == where
     assert all(torch.equal(a, b) for a, b in zip(old.tensors, new.tensors, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["cuda_bf16", "cuda_int8"])
+def test_locate_finds_every_nibble(kind: str) -> None:
+    w_q = torch.randint(-8, 8, (33, 300), dtype=torch.int8)
+    n, k = torch.meshgrid(torch.arange(33), torch.arange(300), indexing="ij")
+    place, bit = packing_cuda.locate(kind, n, k, lambda a, b: a // b, lambda a, b: a % b)
+    code = packing_cuda.pack(w_q, kind)[place].int() >> bit & 15
+    assert torch.equal((code ^ 8 if kind == "cuda_int8" else code) - 8, w_q.int())
 
 
 def test_int4_of_the_plain_layout_has_the_even_k_low() -> None:

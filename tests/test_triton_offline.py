@@ -112,6 +112,7 @@ INT4 = [
     ("int8dq-int4w-128-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-256-asym", 40, 70, 700, None),
 ]
 CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED
+DENSE = ("int4wo-128-asym", "int4wo-row", "int4wo-row-asym", "int4wo-64-asymfloat", "int4wo-32")  # all of a weight in bf16
 CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]
 RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
@@ -132,17 +133,26 @@ for scheme, dtype, m, n, k, config in {cases!r}:
     limit = 10**-5.5 if dtype != "bfloat16" else 10**-5 if {{"32", "64"}} & set(scheme.split("-")) else 10**-8
     assert noise <= signal * limit, (scheme, dtype, noise / signal)
     print("right", scheme)
+for scheme in {dense!r}:
+    r = offline.render(scheme, 4096, 33, 300, torch.bfloat16, bias=False)
+    name, source, signature, _ = offline.kernel(r.code)
+    y = torch.full((33, 300), float("nan"), dtype=torch.bfloat16)
+    args, grid = offline.call(r, name, y)
+    offline.load(name, source, pathlib.Path({tmp!r}))[grid](*args)
+    want = r.op({{**r.tensors, "x": torch.eye(300).bfloat16()}}).t()
+    assert float((y - want).abs().max()) <= {one_more_rounding!r} * float(want.abs().max()) * ("row" in scheme), scheme
+    print("right", scheme)
 """
 
 
 def test_the_interpreter_agrees_with_the_reference(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    script = RUN.format(tests=str(here), root=str(here.parent), cases=CASES, tmp=str(tmp_path))
+    script = RUN.format(tests=str(here), root=str(here.parent), cases=CASES, tmp=str(tmp_path), dense=DENSE, one_more_rounding=2**-7)
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("right") == len(CASES)
+    assert done.stdout.count("right") == len(CASES) + len(DENSE)
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,7 @@ def _linear_defaults(l16: Config, l32: Config, l64_wide: Config, l64: Config, l1
     )
 
 
-OVERLAPPED = tuple(replace(config, carried=True) for config in (L128_WIDE, L256))
-LARGE = (L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), *OVERLAPPED)
+LARGE = (L128_WIDE, L256, replace(L256, split_k=FILL_TWICE))
 SUMS = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and not _one_sum(p),
     (

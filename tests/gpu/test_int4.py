@@ -51,8 +51,8 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
         op, tensors = operands(scheme, m, n, k)
         try:
             code = code or render.render(op, tensors, config)
-        except Exception as error:
-            if "CannotRun" in repr(error) or isinstance(error, render.CannotRun):
+        except Exception as error:  # Inductor wraps what a lowering raises
+            if "CannotRun" in repr(error):
                 return None
             raise
         rendered = render.Rendered(op, tensors, code.code, code.names)
