@@ -93,8 +93,10 @@ def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str
 SPLIT = "(linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=4))"
 SWAPPED = "(linear.GENERAL, Config(32, 64, 128, 4, 3, swap=True, split_k=2))"
 HELD = SWAPPED.replace("))", ", extra=(('HELD', True),)))")
+DOTS = "(linear.GENERAL, Config(32, 64, 64, 4, 2, swap=True, split_k=2, extra=(('DOTS', 2),)))"
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
-          ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
+          ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD),
+          ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 CASES = [
     ("int8wo", "float16", 5, 33, 65), ("int8wo-32", "float32", 3, 40, 33), ("int8dq", "float16", 5, 70, 129),
     ("int8dq-asymact", "float32", 3, 33, 31), ("int4wo-32-asym", "float16", 5, 33, 129), ("int4wo-32-asymfloat", "float32", 2, 20, 70),

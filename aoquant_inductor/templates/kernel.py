@@ -125,7 +125,8 @@ class Kernel:
 
 def _shared(p: Problem, config: Config) -> int:
     x_bytes = config.block_m * p.x.get_dtype().itemsize
-    return int(config.num_stages * config.block_k * (x_bytes + config.block_n * p.bits // 8))
+    step = config.block_k * int(dict(config.extra).get("DOTS", 1))
+    return int(config.num_stages * step * (x_bytes + config.block_n * p.bits // 8))
 
 
 @functools.cache

@@ -24,7 +24,8 @@ def _adapt(p: Problem, config: Config) -> Config | None:
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return {"EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma", "HELD": False}
+    dots = dict(config.extra).get("DOTS", 1)
+    return {"EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "DOTS": dots}
 
 
 GENERAL_CONFIGS = (
@@ -68,22 +69,22 @@ INT8_DYNAMIC = Kernel(
     _keywords, _adapt,
 )
 
-# int8 weights on the left, converted to bf16 in registers. HELD (linear.py.jinja) is right with every ptxas; what the wait for
-# each dot costs, a second program per multiprocessor gives back. Past 512 rows one dequantization and cuBLAS lose less than
-# every program's own conversion: .72x of bf16 instead of .68x at 28672x4096 and M = 1024.
-HELD = (("HELD", True),)
+# int8 weights on the left, converted to bf16 in registers; the three ways to wait for a dot are in linear.py.jinja.
 W16 = Config(16, 64, 128, 4, 4, swap=True)
 W32 = Config(32, 64, 128, 4, 4, swap=True)
-W64 = Config(64, 64, 128, 4, 4, swap=True, extra=HELD)
-W64_WIDE = Config(64, 128, 128, 8, 4, swap=True, extra=HELD)
-W128 = Config(128, 64, 128, 4, 3, swap=True, extra=HELD)
-W256 = Config(256, 64, 64, 4, 3, swap=True, extra=HELD)
+W64 = Config(64, 64, 128, 4, 4, swap=True)
+W64_WIDE = Config(64, 128, 128, 8, 4, swap=True)
+W128 = Config(128, 64, 128, 4, 3, swap=True)
+W256 = Config(256, 64, 64, 4, 3, swap=True, extra=(("HELD", True),))
+W_LARGE = Config(256, 128, 64, 8, 2, swap=True, extra=(("DOTS", 2),))
 INT8_WEIGHT_ONLY = Kernel(
     "linear", lambda p, card: p.layout == "wgmma",
-    tuple(
-        replace(config, split_k=split)
-        for config in (W16, W32, W64, W64_WIDE, W128, W256, Config(128, 128, 64, 4, 4, swap=True, extra=HELD))
-        for split in (1, FILL, FILL_TWICE)
+    (
+        *(
+            replace(config, split_k=split)
+            for config in (W16, W32, W64, W64_WIDE, W128, W256) for split in (1, FILL, FILL_TWICE)
+        ),
+        W_LARGE,
     ),
     (
         Default(replace(W16, split_k=FILL_TWICE), upto=16),
@@ -92,7 +93,10 @@ INT8_WEIGHT_ONLY = Kernel(
         Default(replace(W64_WIDE, split_k=FILL), upto=64, k=8192),
         Default(replace(W64, split_k=FILL_TWICE), upto=64),
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
-        Default(W256, upto=512, waves=1.5),
+        Default(W256, upto=256, waves=1.5),
+        # not timed for int8: int4.py's L256, the same but for the conversion, has .93x of bf16 where one dequantization and
+        # cuBLAS would have .72x for int8 (28672x4096, M = 1024)
+        Default(W_LARGE, upto=3072, waves=0.9),
         Default(replace(W128, split_k=FILL_TWICE), upto=512),
         Default(None),
     ),
