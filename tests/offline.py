@@ -92,8 +92,7 @@ def _operands(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: boo
     """(the op as a function of tensors by name, real tensors) for one linear on the CPU."""
     choice = SCHEMES[scheme]
     weight = torch.randn(n, k).to(dtype)
-    # the layout of bf16 whatever the type: the interpreter cannot run bf16
-    layout = packing.choose(choice, torch.device("cuda", 0), torch.bfloat16, (n, k))
+    layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
     p = packing.pack(qparams.quantize(weight, choice.weight), choice, layout)
     x = torch.randn(m, k).to(dtype)
     return render_module.linear(p, x, torch.randn(n).to(dtype) if bias else None, choice)
