@@ -93,7 +93,8 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         config = self.adapt(p, wanted)
-        if wanted.carried and card.arch > 0 and card.ptxas < SAFE_PTXAS:
+        # eight warps were wrong with ptxas 13.5, too: int8 256x128x64 on an H100 (Triton 3.6), at every size; four were right
+        if wanted.carried and card.arch > 0 and (card.ptxas < SAFE_PTXAS or wanted.num_warps > 4):
             return None
         while config is not None and _shared(p, config) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
