@@ -68,7 +68,7 @@ def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
         ("int8wo", 4096, 4096, 64, "64x64x128 swapped split 4"),
         ("int8wo", 28672, 4096, 256, "256x64x64 swapped held"),
         ("int8wo", 4096, 14336, 256, "128x64x128 swapped split 2"),
-        ("int8wo", 28672, 4096, 1024, "256x128x64 swapped dots"),
+        ("int8wo", 28672, 4096, 1024, None),
         ("int8wo", 4096, 4096, 512, "128x64x128 swapped"),
         ("int8wo", 28672, 4096, 4096, None),
     ],

@@ -93,11 +93,10 @@ INT8_WEIGHT_ONLY = Kernel(
         Default(replace(W64_WIDE, split_k=FILL), upto=64, k=8192),
         Default(replace(W64, split_k=FILL_TWICE), upto=64),
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
-        Default(W256, upto=256, waves=1.5),
-        # not timed for int8: int4.py's L256, the same but for the conversion, has .93x of bf16 where one dequantization and
-        # cuBLAS would have .72x for int8 (28672x4096, M = 1024)
-        Default(W_LARGE, upto=3072, waves=0.9),
+        Default(W256, upto=512, waves=1.5),
         Default(replace(W128, split_k=FILL_TWICE), upto=512),
+        # one dequantization and cuBLAS: .72x of bf16 at 28672x4096 and M = 1024 on an H100; W_LARGE, which int4.py's L256 is but
+        # for the conversion (.93x), is to be timed first
         Default(None),
     ),
     _keywords, _adapt,
