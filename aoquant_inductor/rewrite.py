@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from aoquant_inductor import _inductor, backward, packing, qparams
+from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed, WeightKey
@@ -122,7 +123,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
             x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
             value = real.get(weight)
-            known = names.of(value, _inductor.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
+            known = names.of(value, dynamo.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
             aliases = names.aliases(value) if isinstance(value, torch.Tensor) else ()
             layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype

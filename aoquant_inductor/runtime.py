@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from aoquant_inductor import _inductor, release
+from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed
@@ -98,7 +99,7 @@ class _Group:
         """like: the units of the graph that the packs are for."""
         self.packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
-        context, root = _inductor.calling()
+        context, root = dynamo.calling()
         names, layers, coming = Names(root), [], iter(weights)
         for unit in like:
             self.packs += self._pack(unit, [next(coming) for _ in unit]).tensors
