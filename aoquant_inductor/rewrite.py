@@ -15,7 +15,7 @@ from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed, WeightKey
 from aoquant_inductor.patterns import PATTERNS
 from aoquant_inductor.patterns.site import PackNodes, Shared
-from aoquant_inductor.report import QUANTIZED, SKIPPED, Layer
+from aoquant_inductor.report import KEPT, QUANTIZED, RELEASED, SKIPPED, Layer
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.weights import STORE, Entry
 
@@ -148,7 +148,8 @@ def pack(site: Site) -> None:
         site.skip("out_of_memory", f"could not be packed in the memory that is free; it stays in {kept}.")
     else:
         site.launch = site.packed
-        site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes)
+        original = RELEASED if site.entry.released else KEPT  # by an earlier compile, or by load
+        site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes, original=original)
 
 
 @dataclass(frozen=True)
