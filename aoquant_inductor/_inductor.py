@@ -12,14 +12,12 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from aoquant_inductor.errors import UnsupportedTorch
 
@@ -59,116 +57,6 @@ def config_keys() -> list[str]:
 
 def is_config_key(key: str) -> bool:
     return key.replace("-", "_") in config_keys()
-
-
-# ---- what Dynamo knows while it calls a backend --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where a graph comes from: the compiled object's context and module, and the frame that was traced."""
-
-    context: object  # one per torch.compile call: what report() finds the graphs by
-    root: nn.Module | None  # the compiled module: names are relative to it
-    code: CodeType
-    local_self: nn.Module | None
-
-
-def _module_of(function: object) -> nn.Module | None:
-    """The module a compiled function runs: itself, the instance of a bound method, or what wrap_inline closed over."""
-    for _ in range(3):
-        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-        if isinstance(owner, nn.Module):
-            inner_module = getattr(owner, "_orig_mod", owner)
-            return inner_module if isinstance(inner_module, nn.Module) else owner
-        inner = getattr(function, "__wrapped__", None)
-        if inner is None:
-            return None
-        function = inner
-    return None
-
-
-def calling() -> tuple[object, nn.Module | None]:
-    """(context, root) of the innermost torch.compile call on this thread's stack; (None, None) outside of one."""
-    caller: FrameType | None = sys._getframe()
-    while caller is not None:
-        if caller.f_code.co_name == "compile_wrapper" and caller.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            return caller.f_locals.get("self"), _module_of(caller.f_locals.get("fn"))
-        caller = caller.f_back
-    return None, None
-
-
-def frame() -> Frame:
-    """The torch.compile call whose graph a backend is given, and the frame that was traced for it."""
-    (translator,) = private("torch._dynamo.symbolic_convert", "InstructionTranslator")
-    root_tx = translator.current_tx().output.root_tx
-    local_self = root_tx.f_locals.get("self")
-    local_self = local_self if isinstance(local_self, nn.Module) else None
-    context, root = calling()
-    return Frame(context or root_tx.f_code, root if root is not None else local_self, root_tx.f_code, local_self)
-
-
-def context_of(compiled: object) -> object | None:
-    """The Frame.context of what torch.compile returned, or of a module after module.compile()."""
-    context: object | None = getattr(compiled, "dynamo_ctx", None)
-    if context is not None:
-        return context
-    call = getattr(compiled, "_compiled_call_impl", None) or compiled
-    code = getattr(call, "__code__", None)
-    if code is None or code.co_name != "compile_wrapper":
-        return None
-    cells = dict(zip(code.co_freevars, getattr(call, "__closure__", None) or (), strict=False))
-    found: object | None = cells["self"].cell_contents if "self" in cells else None
-    return found
-
-
-def users(error: Exception) -> Exception:
-    """The error as Dynamo lets it through: what else a backend raises reaches the user wrapped in BackendCompilerFailed."""
-    (shorten,) = private("torch._dynamo.exc", "ShortenTraceback")
-    kind = type(type(error).__name__, (type(error), shorten), {"__module__": type(error).__module__})
-    same: Exception = kind.__new__(kind, *error.args)
-    shorten.__init__(same, *error.args, first_useful_frame=None)
-    same.__dict__.update(error.__dict__)
-    return same
-
-
-def source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
-
-
-def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None:
-    """Recompile unless these placeholders are the very objects of this call (and `instance` the traced `self`).
-
-    The guard on `self` makes Dynamo count its recompile limit per instance instead of per code object.
-    """
-    (context,) = private("torch._guards", "TracingContext")
-    (builder,) = private("torch._dynamo.guards", "GuardBuilder")
-    (local,) = private("torch._dynamo.source", "LocalSource")
-    guards = context.get().guards_context.dynamo_guards
-    for node in nodes:
-        guards.add(node._dynamo_source.make_guard(builder.ID_MATCH))  # type: ignore[attr-defined]
-    if instance is not None:
-        guards.add(local("self").make_guard(builder.ID_MATCH))
-
-
-def graphs_left(code: CodeType) -> int:
-    """How many graphs Dynamo will compile for this code after the one it is at; what comes later runs eager."""
-    (entries,) = private("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")
-    (config,) = private("torch._dynamo", "config")
-    return int(config.recompile_limit) - len(entries(code)) - 1
-
-
-def guard_training(instance: nn.Module | None) -> None:
-    """Recompile when `self.training` of the traced frame changes: a quantized graph must not serve a training step."""
-    if instance is None:
-        return
-    (context,) = private("torch._guards", "TracingContext")
-    (builder,) = private("torch._dynamo.guards", "GuardBuilder")
-    local, attribute = private("torch._dynamo.source", "LocalSource", "AttrSource")
-    guard = attribute(local("self"), "training").make_guard(builder.CONSTANT_MATCH)
-    context.get().guards_context.dynamo_guards.add(guard)
 
 
 # ---- the graph we compile ------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ def report(compiled: object) -> Report:
     `compiled`: what torch.compile returned, or a module after module.compile(). Before the first call it is empty.
     Raises TypeError for anything else.
     """
-    from aoquant_inductor import _inductor
+    from aoquant_inductor import _inductor_dynamo as dynamo
     from aoquant_inductor.report import find_log
 
-    context = _inductor.context_of(compiled)
+    context = dynamo.context_of(compiled)
     if context is None:
         raise TypeError(f"report() wants what torch.compile returned, not {type(compiled).__name__}.")
     found = find_log(context)
@@ -34,11 +34,11 @@ def refresh(compiled: object) -> int:
     """Repack every weight of `compiled` in place, after writes that PyTorch does not count (`.data.fill_`, numpy views,
     fused optimizers); no recompilation. Returns the number of weights repacked. Raises TypeError as `report`.
     """
-    from aoquant_inductor import _inductor
+    from aoquant_inductor import _inductor_dynamo as dynamo
     from aoquant_inductor.report import find_log
     from aoquant_inductor.weights import STORE
 
-    context = _inductor.context_of(compiled)
+    context = dynamo.context_of(compiled)
     if context is None:
         raise TypeError(f"refresh() wants what torch.compile returned, not {type(compiled).__name__}.")
     found = find_log(context)

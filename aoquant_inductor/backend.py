@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from aoquant_inductor import _inductor, lowering, progress, ranges, release, rewrite, siblings
+from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
 from aoquant_inductor.names import Names
@@ -42,7 +43,7 @@ def aoquant(
     try:
         return _pipeline(gm, example_inputs, mode, options)
     except AoquantError as error:
-        raise _inductor.users(error) from None
+        raise dynamo.users(error) from None
 
 
 def _pipeline(
@@ -51,7 +52,7 @@ def _pipeline(
     opts = options_module.parse(options, mode)
     if opts.release_weights:
         release.require()
-    frame = _inductor.frame()
+    frame = dynamo.frame()
     names = Names(frame.root)
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
@@ -62,7 +63,7 @@ def _pipeline(
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):
-        _inductor.guard_training(frame.local_self)
+        dynamo.guard_training(frame.local_self)
     differentiable = _needs_grad(gm, example_inputs, frame.root)
     for site in sites:
         if differentiable and site.scheme is not None and site.value.requires_grad:
@@ -88,7 +89,7 @@ def _pipeline(
         with torch.set_grad_enabled(differentiable is not None):
             compiled = _compile(gm, example_inputs, sites, opts, patches, frame, journal)
     journal.compile_seconds += time.perf_counter() - started
-    if sites and _inductor.graphs_left(frame.code) <= 0:
+    if sites and dynamo.graphs_left(frame.code) <= 0:
         warn_once(
             f"{frame.code.co_name} in {frame.code.co_filename} has all the graphs of torch._dynamo.config.recompile_limit: "
             "Dynamo runs what fits none of them eager, in full precision."
@@ -103,7 +104,7 @@ def _pipeline(
 
 def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site], opts: Options, patches: Mapping[str, Any],
-    frame: _inductor.Frame, journal: Log,
+    frame: dynamo.Frame, journal: Log,
 ) -> Compiled:
     rewritten = rewrite.apply(gm, sites, torch.is_grad_enabled())
     note = journal.kernel_notes([(site.layer, site.key) for site in sites])
@@ -121,7 +122,7 @@ def _compile(
         weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]
         return LookedUp(plain, function, rewritten, weights, kept, opts, patches).call
-    _inductor.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
+    dynamo.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
     # Dynamo writes the call's bytecode after this, from the placeholders of a graph that never runs: what is gone from it is
     # never loaded.
     for site in sites:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from aoquant_inductor._inductor import cache_folder
 
@@ -89,8 +90,9 @@ def _load(target: Path) -> Any:
 def _build(ready: Callable[[], None]) -> None:
     try:
         target = _target()
-        if not target.exists():
-            subprocess.run(_command(target), check=True, capture_output=True, text=True, start_new_session=True)
+        with FileLock(f"{target}.lock"):  # of 16 processes on a cold cache one builds
+            if not target.exists():
+                subprocess.run(_command(target), check=True, capture_output=True, text=True, start_new_session=True)
         _built.append(_load(target))
         ready()
     except (OSError, ImportError, subprocess.SubprocessError) as error:

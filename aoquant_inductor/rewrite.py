@@ -9,12 +9,13 @@ import torch
 from torch import fx, nn
 
 from aoquant_inductor import _inductor, backward, packing, qparams
+from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed, WeightKey
 from aoquant_inductor.patterns import PATTERNS
 from aoquant_inductor.patterns.site import PackNodes, Shared
-from aoquant_inductor.report import QUANTIZED, SKIPPED, Layer
+from aoquant_inductor.report import KEPT, QUANTIZED, RELEASED, SKIPPED, Layer
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.weights import STORE, Entry
 
@@ -122,7 +123,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
             x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
             value = real.get(weight)
-            known = names.of(value, _inductor.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
+            known = names.of(value, dynamo.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
             aliases = names.aliases(value) if isinstance(value, torch.Tensor) else ()
             layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
@@ -147,7 +148,8 @@ def pack(site: Site) -> None:
         site.skip("out_of_memory", f"could not be packed in the memory that is free; it stays in {kept}.")
     else:
         site.launch = site.packed
-        site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes)
+        original = RELEASED if site.entry.released else KEPT  # by an earlier compile, or by load
+        site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes, original=original)
 
 
 @dataclass(frozen=True)

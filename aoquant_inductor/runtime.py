@@ -13,11 +13,12 @@ import torch
 from torch import fx
 
 from aoquant_inductor import _inductor, release
+from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed
 from aoquant_inductor.qparams import NonFinite
-from aoquant_inductor.report import Layer, Report, log_of
+from aoquant_inductor.report import KEPT, RELEASED, Layer, Report, log_of
 from aoquant_inductor.rewrite import Rewritten, Site
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch
@@ -98,7 +99,7 @@ class _Group:
         """like: the units of the graph that the packs are for."""
         self.packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
-        context, root = _inductor.calling()
+        context, root = dynamo.calling()
         names, layers, coming = Names(root), [], iter(weights)
         for unit in like:
             self.packs += self._pack(unit, [next(coming) for _ in unit]).tensors
@@ -106,7 +107,8 @@ class _Group:
             entry, _, sqnr = STORE.pack(weight, linear.scheme, linear.layout)
             self.entries.append(entry)
             name = names.known(weight) or linear.layer.name
-            layer = replace(linear.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr)
+            original = RELEASED if entry.released else KEPT
+            layer = replace(linear.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr, original=original)
             if opts.release_weights:
                 to_cpu = opts.release_weights == "cpu"
                 layer = replace(layer, original=release.original(entry, name, names, to_cpu, linear.read_elsewhere))

@@ -160,3 +160,18 @@ def test_models_in_processes_of_their_own(tmp_path: Path, capsys: pytest.Capture
     assert all(float(row["error_db"]) > 20 for row in rows if row["quantized"]), rows
     (file,) = tmp_path.glob("*.model.csv")
     assert len(file.read_text().splitlines()) == 5
+
+
+def test_bench_memory_packs_every_linear_from_everywhere(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import bench_memory
+
+    argv = ["--device", "cpu", "--model", "tiny", "--ways", "pack,cpu,file", "--schemes", "int8wo", "--results", str(tmp_path)]
+    assert bench_memory.main(argv) == 0
+    rows = rows_of(tmp_path, "memory")
+    assert [(r["mode"], r["what"]) for r in rows] == [(way, "seconds") for way in ("pack", "cpu", "file")]
+    linear = torch.nn.Linear(8, 8)
+    alias = linear.weight.detach()
+    with pytest.raises(build.Refused, match="stays in memory"):
+        bench_memory.pack(torch.nn.Sequential(linear), "int8wo", "cpu")
+    assert torch.equal(alias, linear.weight)

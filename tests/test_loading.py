@@ -60,7 +60,9 @@ def check(model: nn.Module, want: torch.Tensor, report: Any, scheme: str = "int8
     function = compiled(model, scheme)
     with torch.no_grad():
         y = function(TOKENS)
+    totals = aoquant_inductor.report(function).totals
     assert_counts(aoquant_inductor.report(function), 3)
+    assert totals["bytes_resident"] == totals["bytes_after"] + 2 * 64 * 32, "but for the tied one the packs are all there is"
     assert STORE.packed == packed, "the graph is made of the packs that arrived"
     assert sqnr_db(y, want) > 30
     assert model.head.weight is model.embed.weight
