@@ -95,8 +95,8 @@ INT8_WEIGHT_ONLY = Kernel(
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
         Default(W256, upto=512, waves=1.5),
         Default(replace(W128, split_k=FILL_TWICE), upto=512),
-        # one dequantization and cuBLAS: .72x of bf16 at 28672x4096 and M = 1024 on an H100; W_LARGE, which int4.py's L256 is but
-        # for the conversion (.93x), is to be timed first
+        # one dequantization and cuBLAS: .72x of bf16 at 28672x4096 and M = 1024 on an H100; W_LARGE, like int4.py's L256 (.93x)
+        # but for the conversion, is to be timed first
         Default(None),
     ),
     _keywords, _adapt,
