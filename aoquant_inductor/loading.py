@@ -59,7 +59,10 @@ class _Files:
         if name is None:
             if tensor.device.type != "meta":
                 return lambda: tensor
-            raise CheckpointError(self.label, f"{places[0][2]} is not there, and the model has it on the meta device.")
+            text = f"{places[0][2]} is not there, and the model has it on the meta device."
+            if not isinstance(tensor, nn.Parameter):  # computed when the model is made, a table of rotations say
+                text += " It is a buffer: make the model with parameters alone there, as accelerate.init_empty_weights does."
+            raise CheckpointError(self.label, text)
         path, file = self._of[name]
         if (shape := tuple(file.get_slice(name).get_shape())) != tuple(tensor.shape):
             raise CheckpointError(path, f"{name} is {shape}, the model's is {tuple(tensor.shape)}.")

@@ -82,11 +82,52 @@ def linear(card: str, *names: str) -> str:
             table.append([f"**{shape}**, bf16, us", *("-" if c is None else f"{float(c['value']):.1f}" for c in cells)])
             continue
         ratios = [None if c is None else float(c["ratio"]) for c in cells]
-        table.append([scheme, *("-" if r is None else f"{r:.2f}x" if r >= 1 else f"**{r:.2f}x**" for r in ratios)])
+        table.append([scheme, *("-" if r is None else _ratio(r) for r in ratios)])
     return markdown(["N x K, scheme \\ M", *map(str, ms)], table) + source(rows, path)
 
 
-TABLES: Mapping[str, Callable[..., str]] = {"demo": demo, "host": host, "linear": linear}
+def tune(card: str, *shapes: str) -> str:
+    """The best config that was right: microseconds and speed against bf16; below 1 in bold."""
+    paths = [RESULTS / f"{card}.{name}.csv" for name in ("tune", "int4.tune")]
+    rows = [row for path in paths for row in newest(path, "scheme", "n", "k", "m", "kernel", "config") if row["us"]]
+    best: dict[tuple[str, str, int], Row] = {}
+    for row in sorted(rows, key=lambda row: -float(row["us"])):
+        if row["kernel"] != "bf16" and "wrong" not in row["note"].lower():
+            best[row["scheme"], f"{row['n']}x{row['k']}", int(row["m"])] = row
+    ms = [m for m in sorted({m for _, _, m in best}) if m in (1, 16, 64, 256, 1024, 4096)]
+    table = []
+    for shape in shapes:
+        for scheme in dict.fromkeys(scheme for scheme, of, _ in best if of == shape):
+            cells = [best.get((scheme, shape, m)) for m in ms]
+            text = ["-" if c is None else f"{float(c['us']):.1f} us, {_ratio(float(c['ratio']))}" for c in cells]
+            table.append([f"{scheme}, {shape}", *text])
+    sources = [source(newest(path, "scheme", "n", "k", "m", "config"), path) for path in paths]
+    return markdown(["M =", *map(str, ms)], sorted(table)) + "".join(sources)
+
+
+def _ratio(r: float) -> str:
+    return f"{r:.2f}x" if r >= 1 else f"**{r:.2f}x**"
+
+
+def memory(card: str) -> str:
+    path = RESULTS / f"{card}.memory.csv"
+    rows = newest(path, "shape", "scheme", "mode", "what")
+    found = {(row["shape"], row["scheme"], row["mode"], row["what"]): float(row["value"]) for row in rows}
+    table = []
+    for shape, scheme, mode in dict.fromkeys((row["shape"], row["scheme"], row["mode"]) for row in rows):
+        get = lambda what: found[shape, scheme, mode, what]  # noqa: E731, B023
+        who = "aoquant" if mode == "pack" else mode
+        table.append([
+            f"{shape}, {scheme}, {who}", f"{get('resident') / 1e3:.1f} GB", f"{get('linears_left'):.3f}",
+            f"{get('peak') / 1e3:.1f} GB", f"{get('peak_over_model') / 1e3:.2f} GB", f"{get('seconds'):.1f} s",
+        ])
+    head = ["", "resident", "linears, of bf16's bytes", "peak while packing", "of it beyond the bf16 model", "time to pack"]
+    return markdown(head, table) + source(rows, path)
+
+
+TABLES: Mapping[str, Callable[..., str]] = {
+    "demo": demo, "host": host, "linear": linear, "tune": tune, "memory": memory,
+}
 
 
 def fill(text: str) -> str:

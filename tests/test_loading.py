@@ -185,3 +185,19 @@ def test_mutants_of_a_file_are_refused_or_harmless(tmp_path: Path) -> None:
         except CheckpointError:
             pass
     assert accepted <= 10, "a header byte that says the same, such as a dtype of the same size"
+
+
+def test_a_buffer_on_the_meta_device_says_how_to_make_the_model(tmp_path: Path) -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(32, 32)
+            self.register_buffer("angles", torch.ones(4), persistent=False)
+
+    save_file({"up.weight": torch.randn(32, 32), "up.bias": torch.zeros(32)}, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = Rotary()
+    with pytest.raises(CheckpointError, match=r"angles is not there.* as accelerate\.init_empty_weights does\."):
+        aoquant_inductor.load(model, tmp_path / "m.safetensors", device="cpu")
+    model.angles = torch.ones(4)
+    assert aoquant_inductor.load(model, tmp_path / "m.safetensors", device="cpu").totals["quantized"] == 1
