@@ -69,19 +69,8 @@ def _pipeline(
         if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")
             warn_once(f"{differentiable}: linears that train stay in full precision, frozen ones are quantized.")
-    later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
-    for group in progress.bar(siblings.groups(sites)):
-        if len(group) > 1 and not differentiable:
-            siblings.pack(group)
-        for site in group:
-            if site.packed is None:
-                rewrite.pack(site)
-            if opts.release_weights and not later:
-                _release(site, names, opts)
+    _pack(sites, others, opts, names, together=differentiable is None)
     journal.pack_seconds += time.perf_counter() - started
-    _check_unsupported(opts, [*(site.layer for site in sites), *others])
-    for site in sites if opts.release_weights and later else ():
-        _release(site, names, opts)
     release.check(gm, example_inputs, [site.node for site in sites if site.packed is not None])
     if not any(site.packed for site in sites):
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
@@ -89,17 +78,37 @@ def _pipeline(
         with torch.set_grad_enabled(differentiable is not None):
             compiled = _compile(gm, example_inputs, sites, opts, patches, frame, journal)
     journal.compile_seconds += time.perf_counter() - started
+    if sites or others:
+        _note(Report((*(site.layer for site in sites), *others)), sites, frame, journal)
+    return compiled
+
+
+def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: Names, together: bool) -> None:
+    """Packs every site with a scheme, siblings side by side if `together`; the originals go as the options say."""
+    later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
+    for group in progress.bar(siblings.groups(sites)):
+        if len(group) > 1 and together:
+            siblings.pack(group)
+        for site in group:
+            if site.packed is None:
+                rewrite.pack(site)
+            if opts.release_weights and not later:
+                _release(site, names, opts)
+    _check_unsupported(opts, [*(site.layer for site in sites), *others])
+    for site in sites if opts.release_weights and later else ():
+        _release(site, names, opts)
+
+
+def _note(graph: Report, sites: Sequence[Site], frame: dynamo.Frame, journal: Log) -> None:
+    """Into the report and the log."""
+    journal.add(graph, [site.entry for site in sites if site.entry is not None])
+    if (folder := _inductor.debug_folder()) is not None:
+        (folder / f"graph{journal.compilations}.json").write_text(journal.report().to_json())
     if sites and dynamo.graphs_left(frame.code) <= 0:
         warn_once(
             f"{frame.code.co_name} in {frame.code.co_filename} has all the graphs of torch._dynamo.config.recompile_limit: "
             "Dynamo runs what fits none of them eager, in full precision."
         )
-    if sites or others:
-        graph = Report((*(site.layer for site in sites), *others))
-        journal.add(graph, [site.entry for site in sites if site.entry is not None])
-        if (folder := _inductor.debug_folder()) is not None:
-            (folder / f"graph{journal.compilations}.json").write_text(journal.report().to_json())
-    return compiled
 
 
 def _compile(
