@@ -64,6 +64,10 @@ LLMS: Mapping[str, dict[str, Any]] = MappingProxyType(
             "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
         },
+        "voxtral-3b": {
+            "model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30, "head_dim": 128,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131072, "tie_word_embeddings": True,
+        },
         "tiny": {
             "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "tie_word_embeddings": True,
@@ -89,7 +93,7 @@ def decode(device: str, name: str, batch: int) -> Made:
 
     def bind(compiled: Any) -> Step:
         config = model.config
-        head_dim = config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = StaticCache(config=config, max_cache_len=CACHE)
         cache.early_initialization(batch, config.num_key_value_heads, head_dim, BF16, ids.device)
         position = torch.full((batch, 1), CACHE // 4, device=device)
@@ -119,32 +123,54 @@ def prefill(device: str, name: str, tokens: int) -> Made:
     return model, bind
 
 
-def sam_config() -> Any:
+def sam_config(layers: int, image: int) -> Any:
+    """SAM's ViT-H image encoder."""
     from transformers import SamVisionConfig
 
     config = SamVisionConfig(
-        hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, global_attn_indexes=[7, 15, 23, 31], mlp_dim=5120
+        hidden_size=1280, num_hidden_layers=layers, num_attention_heads=16, mlp_dim=5120, image_size=image,
+        global_attn_indexes=[i for i in (7, 15, 23, 31) if i < layers],
     )
     config._attn_implementation = "eager"
     return config
 
 
+def first(compiled: Any, x: torch.Tensor) -> Step:
+    """A step that returns the first output of a model, whatever it packs it into."""
+
+    def step() -> torch.Tensor:
+        y = compiled(x)
+        found: torch.Tensor = y if isinstance(y, torch.Tensor) else y[0]
+        return found
+
+    return step
+
+
 def sam_block(device: str, batch: int) -> Made:
-    """One windowed layer of SAM's ViT-H image encoder, 64 x 64 patches."""
+    """One windowed layer, 64 x 64 patches."""
     from transformers.models.sam.modeling_sam import SamVisionLayer
 
-    model = seeded(lambda: SamVisionLayer(sam_config(), window_size=14), device)
+    model = seeded(lambda: SamVisionLayer(sam_config(32, 1024), window_size=14), device)
     x = torch.randn(batch, 64, 64, 1280, device=device, dtype=BF16, generator=torch.Generator(device).manual_seed(0))
+    return model, partial(first, x=x)
 
-    def bind(compiled: Any) -> Step:
-        def step() -> torch.Tensor:
-            y = compiled(x)
-            found: torch.Tensor = y[0] if isinstance(y, tuple) else y
-            return found
 
-        return step
+def sam_encoder(device: str, batch: int, layers: int = 32, image: int = 1024) -> Made:
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-    return model, bind
+    model = seeded(lambda: SamVisionEncoder(sam_config(layers, image)), device)
+    x = torch.randn(batch, 3, image, image, device=device, dtype=BF16, generator=torch.Generator(device).manual_seed(0))
+    return model, partial(first, x=x)
+
+
+def voxtral_encoder(device: str, layers: int = 32) -> Made:
+    """The audio encoder of Voxtral, 30 s of audio."""
+    from transformers import VoxtralEncoderConfig
+    from transformers.models.voxtral.modeling_voxtral import VoxtralEncoder
+
+    model = seeded(lambda: VoxtralEncoder(VoxtralEncoderConfig(num_hidden_layers=layers)), device)
+    x = torch.randn(1, 128, 3000, device=device, dtype=BF16, generator=torch.Generator(device).manual_seed(0))
+    return model, partial(first, x=x)
 
 
 class DiTBlock(nn.Module):
@@ -202,9 +228,14 @@ CASES: Mapping[str, Case] = MappingProxyType(
             partial(prefill, name="llama3.1-8b", tokens=4096), 4096, "token", "default", PREFILL
         ),
         "sam-block": Case(partial(sam_block, batch=16), 16, "image", FAST, ("int8dq",)),
+        "sam-encoder": Case(partial(sam_encoder, batch=8), 8, "image", FAST, ("int8dq",)),
+        "voxtral-encoder": Case(voxtral_encoder, 30, "second of audio", FAST, ("int8dq",)),
+        "voxtral-prefill": Case(partial(prefill, name="voxtral-3b", tokens=512), 512, "token", "default", ("int4wo-32",)),
         "dit": Case(
             partial(dit, depth=8, width=3072, heads=24, tokens=4096), 1, "step", FAST, ("int8dq", "int8wo"), blockwise="blocks"
         ),
+        "tiny-sam": Case(partial(sam_encoder, batch=1, layers=1, image=64), 1, "image", "default", ("int8dq",)),
+        "tiny-voxtral": Case(partial(voxtral_encoder, layers=1), 30, "second of audio", "default", ("int8dq",)),
         "tiny-decode": Case(partial(decode, name="tiny", batch=1), 1, "token", "default", ("int8wo",)),
         "tiny-dit": Case(
             partial(dit, depth=3, width=64, heads=4, tokens=16), 1, "step", "default", ("int8dq",), blockwise="blocks"
