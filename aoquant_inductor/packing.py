@@ -24,6 +24,8 @@ from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized
 from aoquant_inductor.scheme import DTYPES, Scheme
 
+ALIGNMENT = 16  # bytes; what Inductor promises a kernel of its arguments
+
 WeightKey = tuple[int, int, str, int, str, str]
 """in_features, out_features, w_dtype, group_size, zero_point, layout: what an op is told about its weight."""
 
@@ -177,7 +179,9 @@ def pack(quantized: Quantized, scheme: Scheme, layout: str) -> Packed:
 
 
 def join(packs: Sequence[Packed]) -> tuple[Packed, list[Packed]] | None:
-    """(one Packed of all their rows, the packs again as views of it); None where their layout keeps them apart."""
+    """(one Packed of all their rows, the packs again as views of it); None where their layout keeps them apart, or a view would
+    begin where no kernel loads 16 bytes at once.
+    """
     first, rows = packs[0], [p.shape[0] for p in packs]
     if any(n % LAYOUTS[first.layout].rows for n in rows):
         return None
@@ -198,7 +202,9 @@ def join(packs: Sequence[Packed]) -> tuple[Packed, list[Packed]] | None:
         return replace(p, w=w, scale=scale, zero=zero, sums=sums, shape=(n, p.shape[1]))
 
     parts = zip(packs, rows, w_parts, *(views for _, views in rest), strict=True)
-    return like(first, sum(rows), w, *(whole for whole, _ in rest)), [like(*part) for part in parts]
+    joined = like(first, sum(rows), w, *(whole for whole, _ in rest)), [like(*part) for part in parts]
+    aligned = all(t.storage_offset() * t.itemsize % ALIGNMENT == 0 for part in joined[1] for t in part.tensors)
+    return joined if aligned else None
 
 
 def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str, layout: str) -> torch.Tensor:

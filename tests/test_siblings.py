@@ -113,6 +113,16 @@ def test_a_bad_weight_keeps_its_siblings_apart() -> None:
     assert not any(layer.siblings for layer in report.layers)
 
 
+def test_views_that_no_kernel_could_load_from_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    for sizes, together in (((65, 64, 64), False), ((64, 64, 65), True)):
+        model, x = Heads(sizes).eval(), tokens(5, 96)
+        _, got, report = run(model, x)
+        assert_counts(report, 4)
+        assert any(layer.siblings for layer in report.layers) == together
+        assert model.misses(x, got, "int8wo") == []
+
+
 def test_different_schemes_and_odd_sizes_are_apart() -> None:
     model, x = Heads().eval(), tokens(5, 96)
     _, got, report = run(model, x, schemes={"q": "int4wo-32", "*": "int8wo"})
