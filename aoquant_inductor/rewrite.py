@@ -202,7 +202,8 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = Fals
         n = site.packed.shape[0]
         results[id(pack.packed)] = y, start + n
         part = graph.call_function(torch.narrow, (y, -1, start, n))
-        return part if bias is None else graph.call_function(torch.add, (part, bias))
+        # contiguous, as the linear's result was where Dynamo traced what follows; Inductor inlines the copy into what reads it
+        return graph.call_method("contiguous", (part,)) if bias is None else graph.call_function(torch.add, (part, bias))
 
     for site in sites:
         launch = site.launch

@@ -113,6 +113,23 @@ def test_a_bad_weight_keeps_its_siblings_apart() -> None:
     assert not any(layer.siblings for layer in report.layers)
 
 
+def test_what_follows_finds_contiguous_results() -> None:
+    """Dynamo traced it behind linears of their own: a view over rows and columns, a branch on is_contiguous()."""
+
+    class Flat(Heads):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            assert q.is_contiguous() and k.is_contiguous()
+            return q.view(-1), k.view(k.shape[0] * 2, -1), v, self.o(v.relu())
+
+    model, x = Flat().eval(), tokens(5, 96)
+    _, (q, k, v, _), report = run(model, x)
+    assert_counts(report, 4)
+    assert [layer.siblings for layer in report.layers][:1] == [("k", "v")]
+    assert all(y.is_contiguous() for y in (q, k, v))
+    assert model.misses(x, (q.view(5, -1), k.view(5, -1), v), "int8wo") == []
+
+
 def test_views_that_no_kernel_could_load_from_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_cpu, "available", lambda: False)
     for sizes, together in (((65, 64, 64), False), ((64, 64, 65), True)):
