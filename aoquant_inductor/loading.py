@@ -60,7 +60,9 @@ class _Files:
             if tensor.device.type != "meta":
                 return lambda: tensor
             text = f"{places[0][2]} is not there, and the model has it on the meta device."
-            if not isinstance(tensor, nn.Parameter):  # computed when the model is made, a table of rotations say
+            if isinstance(tensor, nn.Parameter):
+                text += " If it is to be tied to another one, tie them first (transformers: model.tie_weights())."
+            else:  # computed when the model is made, a table of rotations say
                 text += " It is a buffer: make the model with parameters alone there, as accelerate.init_empty_weights does."
             raise CheckpointError(self.label, text)
         path, file = self._of[name]

@@ -152,7 +152,10 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
     save_file(state | {"up.weight": torch.zeros(3, 3)}, path)
     assert refused(empty(), path) == f"{path}: up.weight is (3, 3), the model's is (64, 32)."
     save_file({name: t for name, t in state.items() if name != "down.bias"}, path)
-    assert refused(empty(), path) == f"{path}: down.bias is not there, and the model has it on the meta device."
+    assert refused(empty(), path) == (
+        f"{path}: down.bias is not there, and the model has it on the meta device. "
+        "If it is to be tied to another one, tie them first (transformers: model.tie_weights())."
+    )
     pickle = tmp_path / "model.bin"
     torch.save(state, pickle)
     assert refused(empty(), pickle).startswith(f"{pickle}: no whole safetensors file")
