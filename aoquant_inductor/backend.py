@@ -14,7 +14,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def _pipeline(
     names = Names(frame.root)
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
-    others = rewrite.read_elsewhere(gm, example_inputs, names, opts)
+    others = rewrite.of_other_ops(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)
     if frame.root is not None:
         journal.planned = tuple(layer for _, layer, _ in rewrite.plan(frame.root, names, opts))
@@ -85,6 +84,11 @@ def _pipeline(
 
 def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: Names, together: bool) -> None:
     """Packs every site with a scheme, siblings side by side if `together`; the originals go as the options say."""
+
+    def release_site(site: Site) -> None:
+        if site.entry is not None:
+            site.layer = release.let_go(site.layer, site.entry, names, opts, site.read_elsewhere)
+
     later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
     for group in progress.bar(siblings.groups(sites)):
         if len(group) > 1 and together:
@@ -93,10 +97,10 @@ def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: 
             if site.packed is None:
                 rewrite.pack(site)
             if opts.release_weights and not later:
-                _release(site, names, opts)
+                release_site(site)
     _check_unsupported(opts, [*(site.layer for site in sites), *others])
     for site in sites if opts.release_weights and later else ():
-        _release(site, names, opts)
+        release_site(site)
 
 
 def _note(graph: Report, sites: Sequence[Site], frame: dynamo.Frame, journal: Log) -> None:
@@ -141,13 +145,6 @@ def _compile(
         gm.graph.erase_node(weight)
     gm.recompile()
     return constant(function, rewritten, opts.weights == "checked")
-
-
-def _release(site: Site, names: Names, opts: Options) -> None:
-    if site.entry is not None:
-        name, to_cpu = site.layer.name, opts.release_weights == "cpu"
-        original = release.original(site.entry, name, names, to_cpu, site.read_elsewhere)
-        site.layer = replace(site.layer, original=original)
 
 
 def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:

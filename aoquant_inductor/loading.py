@@ -100,8 +100,7 @@ def load(
             names.follow(tensor, arrived)
             if choice is not None:
                 if entry is not None:
-                    to_cpu = opts.release_weights == "cpu"
-                    layer = replace(layer, original=release.original(entry, layer.name, names, to_cpu))
+                    layer = release.let_go(layer, entry, names, opts)
                 layers.append(layer)
     return Report(tuple(layers))
 

@@ -142,7 +142,6 @@ def linear(p: Problem) -> tuple[str, Any]:
     return "portable: dequantize + mm", _add_bias(_matmul(p.x, _dense(p, dtype), p, dtype), p)
 
 
-
 def grad(p: Problem) -> Any:
     """grad_x[M, K] = grad[M, N] . dequantize(w): the weight is dense for the time of one matmul."""
     if p.layout.startswith("cpu_") or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:

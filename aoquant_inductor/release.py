@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import fx, nn
 from aoquant_inductor import native
 from aoquant_inductor.errors import OptionError, ReleasedWeights
 from aoquant_inductor.names import Names
-from aoquant_inductor.report import KEPT, RELEASED
+from aoquant_inductor.options import Options
+from aoquant_inductor.report import KEPT, RELEASED, Layer
 from aoquant_inductor.weights import STORE, Entry, Release
 
 _hooks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -34,8 +36,13 @@ def require() -> None:
         ) from None
 
 
-def original(entry: Entry, name: str, names: Names, to_cpu: bool, read_elsewhere: bool = False) -> str:
-    """Lets the original of a packed weight go; `released`, or `kept: ` and why."""
+def let_go(layer: Layer, entry: Entry, names: Names, opts: Options, read_elsewhere: bool = False) -> Layer:
+    """Lets the original of a packed weight go; the layer with what became of it."""
+    return replace(layer, original=_original(entry, Release(layer.name, opts.release_weights == "cpu"), names, read_elsewhere))
+
+
+def _original(entry: Entry, how: Release, names: Names, read_elsewhere: bool) -> str:
+    """`released`, or `kept: ` and why."""
     weight = entry.ref()
     owners = names.owners(weight) if weight is not None else []
     if read_elsewhere:
@@ -44,7 +51,7 @@ def original(entry: Entry, name: str, names: Names, to_cpu: bool, read_elsewhere
         return f"{KEPT}: it is no parameter of the compiled module"
     if (alias := names.elsewhere(weight)) is not None:
         return f"{KEPT}: it is {alias}, too"
-    if not entry.let_go(Release(name, to_cpu)):
+    if not entry.let_go(how):
         return f"{KEPT}: another tensor shares its memory"
     for module in owners:
         if module not in _hooks:

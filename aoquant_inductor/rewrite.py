@@ -31,7 +31,7 @@ def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torc
         yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
 
 
-def read_elsewhere(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
+def of_other_ops(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
     """The weights of nn.Linears that this graph hands to other ops only, a fused encoder layer say: left, with the reason."""
     found = []
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):

@@ -110,8 +110,7 @@ class _Group:
             original = RELEASED if entry.released else KEPT
             layer = replace(linear.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr, original=original)
             if opts.release_weights:
-                to_cpu = opts.release_weights == "cpu"
-                layer = replace(layer, original=release.original(entry, name, names, to_cpu, linear.read_elsewhere))
+                layer = release.let_go(layer, entry, names, opts, linear.read_elsewhere)
             layers.append(layer)
         self.watch = Watch(self.entries)
         if context is not None:

@@ -36,13 +36,16 @@ class Node:
 
 
 def problem(scheme: str, n: int, k: int, m: int, card: Card = H100) -> Problem:
-    dynamic = scheme == "int8dq"
-    layout = "wgmma" if not dynamic and card.arch == 90 and k % 64 == 0 else "plain"
-    row = Node((m, 1), torch.float32)
-    x = Node((m, k), torch.int8 if dynamic else torch.bfloat16)
+    choice, bf16 = SCHEMES[scheme], torch.bfloat16
+    group, dynamic, int4 = choice.weight.group_size or 0, choice.activation is not None, choice.weight.bits == 4
+    if int4:
+        layout, w = "cuda_int8" if dynamic else "cuda_bf16", Node((n // 8, k // 128, 8, 16), torch.int32)
+    else:
+        layout, w = "wgmma" if not dynamic and card.arch == 90 and k % 64 == 0 else "plain", Node((n, k), torch.int8)
+    row, scale = Node((m, 1), torch.float32), Node((k // group if group else 1, n), bf16 if group else torch.float32)
     return Problem(
-        x, row if dynamic else None, None, Node((n, k), torch.int8), Node((1, n), torch.float32), None, None, None,
-        (k, n, "int8", 0, "int", layout), torch.bfloat16, (m,), m, torch.device("cuda"),
+        Node((m, k), torch.int8 if dynamic else bf16), row if dynamic else None, None, w, scale, None, None, None,
+        (k, n, choice.weight.dtype, group, "int", layout), bf16, (m,), m, torch.device("cuda"),
     )
 
 
@@ -72,6 +75,25 @@ def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
         ("int8wo", 28672, 4096, 1024, None),
         ("int8wo", 4096, 4096, 512, "128x64x128 swapped"),
         ("int8wo", 28672, 4096, 4096, None),
+        ("int4wo-128", 28672, 4096, 1, "8x16x256"),
+        ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"),
+        ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
+        ("int4wo-128", 28672, 4096, 16, "16x64x128"),
+        ("int4wo-128", 4096, 4096, 16, "16x64x128 split 4"),
+        ("int4wo-128", 28672, 4096, 64, "64x128x128"),
+        ("int4wo-128", 4096, 14336, 64, "64x64x128 split 4"),
+        ("int4wo-128", 28672, 4096, 128, "128x128x128 scaled"),
+        ("int4wo-128", 4096, 14336, 128, "128x64x128 split 4"),
+        ("int4wo-128", 28672, 4096, 256, "256x128x128 scaled"),
+        ("int4wo-128", 4096, 4096, 256, "128x64x128 split 2"),
+        ("int4wo-128", 4096, 4096, 1024, "256x128x128 scaled"),
+        ("int4wo-128", 28672, 4096, 4096, None),
+        ("int8dq-int4w", 28672, 4096, 16, "16x64x256"),
+        ("int8dq-int4w", 4096, 14336, 64, "64x64x256 split 4"),
+        ("int8dq-int4w", 28672, 4096, 256, "128x128x128"),
+        ("int8dq-int4w", 4096, 14336, 256, "128x64x128 split 2"),
+        ("int8dq-int4w-128", 28672, 4096, 64, "64x64x128"),
+        ("int8dq-int4w-128", 28672, 4096, 1024, "128x64x128"),
     ],
 )
 def test_the_default_is_what_was_fastest(scheme: str, n: int, k: int, m: int, wanted: str | None) -> None:
@@ -122,48 +144,8 @@ def test_a_carried_accumulator_needs_the_newer_ptxas() -> None:
     assert kernel.config(p, replace(H100, ptxas=(14, 0)), replace(carried, num_warps=8)) is None
 
 
-def int4_problem(scheme: str, n: int, k: int, m: int) -> Problem:
-    choice, bf16 = SCHEMES[scheme], torch.bfloat16
-    group, dynamic = choice.weight.group_size or 0, choice.activation is not None
-    row, scale = Node((m, 1), torch.float32), Node((k // group if group else 1, n), bf16 if group else torch.float32)
-    x, w = Node((m, k), torch.int8 if dynamic else bf16), Node((n // 8, k // 128, 8, 16), torch.int32)
-    return Problem(
-        x, row if dynamic else None, None, w, scale, None, None, None,
-        (k, n, "int4", group, "int", "cuda_int8" if dynamic else "cuda_bf16"), bf16, (m,), m, torch.device("cuda"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("scheme", "n", "k", "m", "wanted"),
-    [
-        ("int4wo-128", 28672, 4096, 1, "8x16x256"),
-        ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"),
-        ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
-        ("int4wo-128", 28672, 4096, 16, "16x64x128"),
-        ("int4wo-128", 4096, 4096, 16, "16x64x128 split 4"),
-        ("int4wo-128", 28672, 4096, 64, "64x128x128"),
-        ("int4wo-128", 4096, 14336, 64, "64x64x128 split 4"),
-        ("int4wo-128", 28672, 4096, 128, "128x128x128 scaled"),
-        ("int4wo-128", 4096, 14336, 128, "128x64x128 split 4"),
-        ("int4wo-128", 28672, 4096, 256, "256x128x128 scaled"),
-        ("int4wo-128", 4096, 4096, 256, "128x64x128 split 2"),
-        ("int4wo-128", 4096, 4096, 1024, "256x128x128 scaled"),
-        ("int4wo-128", 28672, 4096, 4096, None),
-        ("int8dq-int4w", 28672, 4096, 16, "16x64x256"),
-        ("int8dq-int4w", 4096, 14336, 64, "64x64x256 split 4"),
-        ("int8dq-int4w", 28672, 4096, 256, "128x128x128"),
-        ("int8dq-int4w", 4096, 14336, 256, "128x64x128 split 2"),
-        ("int8dq-int4w-128", 28672, 4096, 64, "64x64x128"),
-        ("int8dq-int4w-128", 28672, 4096, 1024, "128x64x128"),
-    ],
-)
-def test_the_int4_default_is_what_was_fastest(scheme: str, n: int, k: int, m: int, wanted: str | None) -> None:
-    found = default(int4_problem(scheme, n, k, m))
-    assert (found and str(found[1])) == wanted
-
-
 @pytest.mark.parametrize("card", [CARDS["h100"], CARDS["a100"], CARDS["a10"]], ids=["h100", "a100", "a10"])
 @pytest.mark.parametrize("scheme", ["int4wo-128", "int4wo-32", "int4wo-row", "int8dq-int4w", "int8dq-int4w-128"])
 def test_int4_has_a_default_that_fits(scheme: str, card: Card) -> None:
     for n, k, m in itertools.product((16, 896, 28672), (128, 14336), (1, 5, 17, 100, 600, 3000)):
-        assert default(int4_problem(scheme, n, k, m), card) is not None, (n, k, m)
+        assert default(problem(scheme, n, k, m, card), card) is not None, (n, k, m)

@@ -37,4 +37,5 @@ def test_one_launch_serves_three(scheme: str, mode: str) -> None:
                 assert sqnr_db(y, linear64(x, one, s, from_pack(one.weight, s))) > 45, (m, one)
     report = aoquant_inductor.report(function)
     assert_counts(report, 3)
+    assert all("Triton" in str(layer.kernel) for layer in report.layers), str(report)
     assert [set(layer.siblings) for layer in report.layers] == [{"k", "v"}, {"q", "v"}, {"q", "k"}]
