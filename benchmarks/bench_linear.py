@@ -2,18 +2,23 @@
 
 cpu: CPU time of one thread, weights and x in whatever cache they fit (they are used again at once); bf16 is torch.compile's
      default mode, so is ours.
-cuda: device time inside a CUDA graph over copies of the layer that hold more than the L2 cache; both sides are compiled with
-     max-autotune-no-cudagraphs.
-Every M is a static compile of its own. torchao is measured beside it where it is installed and has the scheme.
+cuda: device time inside a CUDA graph over copies of the layer that hold more than the L2 cache. bf16 is compiled in default
+     mode and with max-autotune-no-cudagraphs, and the faster one is what the ratios are against; ours in default mode, without
+     a search, or with --search too.
+Every M is a static compile of its own, and every problem a process of its own, `--jobs` of which compile at once; measured
+is one at a time. torchao (--peers) is compiled with max-autotune-no-cudagraphs, where it has the scheme.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
+import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -21,15 +26,16 @@ import torch
 from torch import nn
 
 from aoquant_inductor.scheme import resolve
-from benchmarks import build, cli, measure, peer_torchao, shapes
+from benchmarks import build, cli, measure, peer_torchao, shapes, turns
 from benchmarks.measure import Row
 from benchmarks.shapes import Shape
 
 BENCH = "linear"
 Compiled = Callable[..., Any]
-MODES = {"cpu": "default", "cuda": "max-autotune-no-cudagraphs"}
-COLD_BYTES, MOST_COPIES = 320e6, 160  # weights in one CUDA graph; the L2 of an H200 holds 60e6
-READ, BF16, INT8 = 4.37e12, 779e12, 1558e12  # H200: bytes/s measured, FLOP/s measured, OP/s twice bf16
+DEFAULT, SEARCH = "default", "max-autotune-no-cudagraphs"
+COLD_BYTES, MOST_COPIES = 240e6, 160  # weights in one CUDA graph; the L2 of an H200 holds 60e6
+READ = {"H200": 4.37e12, "H100": 3.35e12}  # bytes/s: measured; by the data sheet
+BF16, INT8 = 779e12, 1558e12  # of both: FLOP/s measured, OP/s twice that
 CPU_BLOCK_US = 3000.0  # calls per clock reading: enough to fill this
 
 
@@ -47,8 +53,10 @@ class Problem:
         return "x".join(map(str, self.shape))
 
     def roofline(self, scheme: str) -> float:
-        """Microseconds on an H200: every byte once at READ, or the multiplications, whichever is more."""
+        """Microseconds on this card, or an H200: every byte once, or the multiplications, whichever is more."""
         n, k = self.shape
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        read = next((rate for card, rate in READ.items() if card in name), READ["H200"])
         bits = 16.0
         compute = BF16
         if scheme != "bf16":
@@ -56,7 +64,7 @@ class Problem:
             bits = s.weight.bits + (16 / s.weight.group_size if s.weight.group_size else 0)
             compute = INT8 if s.activation else BF16
         size = n * k * bits / 8 + 2 * self.m * (n + k)
-        return max(size / READ, 2 * self.m * n * k / compute) * 1e6
+        return max(size / read, 2 * self.m * n * k / compute) * 1e6
 
     def copies(self, bits: float) -> int:
         if self.device == "cpu":
@@ -65,41 +73,67 @@ class Problem:
         return max(2, min(MOST_COPIES, -(-int(COLD_BYTES) // int(n * k * bits / 8))))
 
 
-def measure_problem(problem: Problem, schemes: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """The rows of one shape and M, bf16 first, and what was refused."""
+@dataclass
+class Series:
+    """One compiled form of the linear: its copies, and which kernels serve them."""
+
+    scheme: str
+    mode: str
+    calls: list[measure.Call]
+    kernels: str
+
+
+def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool) -> tuple[list[Series], list[str]]:
+    """Everything to be measured, compiled and called once, bf16 first, and what was refused."""
     x = torch.randn(problem.m, problem.shape[1], device=problem.device, dtype=torch.bfloat16)
-    calls: dict[str, list[measure.Call]] = {}
-    kernels: dict[str, str] = {}
+    found: list[Series] = []
     refused: list[str] = []
+
+    def add(scheme: str, mode: str, compiled: Sequence[Compiled], kernels: str) -> None:
+        found.append(Series(scheme, mode, [partial(c, x) for c in compiled], kernels))
+
     with torch.no_grad(), build.no_caches():
-        bf16 = _compile(problem, 16, partial(build.compile_bf16, mode=MODES[problem.device]))
-        reference = [compiled(x) for compiled in bf16[:2]]
-        calls["bf16"], kernels["bf16"] = [partial(c, x) for c in bf16], ""
+        for mode in (DEFAULT, SEARCH) if problem.device == "cuda" else (DEFAULT,):
+            add("bf16", mode, _compile(problem, 16, partial(build.compile_bf16, mode=mode)), "")
+        reference = [call() for call in found[0].calls[:2]]
         for scheme in schemes:
-            quantized = partial(build.compile_quantized, scheme=scheme, mode=MODES[problem.device])
-            compiled = _compile(problem, resolve(scheme).weight.bits, quantized)
-            try:
-                found = {build.kernels(c, 1, c(x), y) for c, y in zip(compiled, reference, strict=False)}
-            except build.Refused as why:
-                refused.append(f"{problem.name} M={problem.m} {scheme}: {why}")
-                continue
-            calls[scheme], kernels[scheme] = [partial(c, x) for c in compiled], ", ".join(sorted(found))
-            if (peer := _peer(problem, scheme)) is not None:
-                calls[f"torchao {scheme}"] = [partial(c, x) for c in peer]
-        for series in calls.values():
-            for call in series:
+            for mode in (DEFAULT, SEARCH) if search else (DEFAULT,):
+                quantized = partial(build.compile_quantized, scheme=scheme, mode=mode)
+                compiled = _compile(problem, resolve(scheme).weight.bits, quantized)
+                try:
+                    names = {build.kernels(c, 1, c(x), y) for c, y in zip(compiled, reference, strict=False)}
+                except build.Refused as why:
+                    refused.append(f"{problem.name} M={problem.m} {scheme} {mode}: {why}")
+                else:
+                    add(scheme, mode, compiled, ", ".join(sorted(names)))
+            mode = SEARCH if problem.device == "cuda" else DEFAULT
+            if peers and (peer := _peer(problem, scheme, mode)) is not None:
+                add(f"torchao {scheme}", mode, peer, "torchao")
+        for series in found:
+            for call in series.calls:
                 call()
-        before = build.graphs()
-        times = _time(problem, calls)
+    return found, refused
+
+
+def measure_problem(
+    problem: Problem, schemes: Sequence[str], search: bool = False, peers: bool = False, ready: Callable[[], object] = list
+) -> tuple[list[Row], list[str]]:
+    """The rows of one shape and M, bf16 first, and what was refused; `ready` is called before anything is timed."""
+    found, refused = prepare(problem, schemes, search, peers)
+    before = build.graphs()
+    ready()
+    with torch.no_grad():
+        times = _time(problem, {f"{i}": series.calls for i, series in enumerate(found)})
     if build.graphs() != before:
         return [], [*refused, f"{problem.name} M={problem.m}: {build.graphs() - before} recompilations while timing"]
-    mode, what = MODES[problem.device], "gpu_time" if problem.device == "cuda" else "cpu_time"
+    base = min((times[f"{i}"] for i, series in enumerate(found) if series.scheme == "bf16"), key=statistics.median)
+    what = "gpu_time" if problem.device == "cuda" else "cpu_time"
     return [
         measure.row(
-            BENCH, problem.name, problem.m, name, mode, what, series, times["bf16"], kernels.get(name, "torchao"),
-            problem.roofline(name.removeprefix("torchao ")) if problem.device == "cuda" else None,
+            BENCH, problem.name, problem.m, series.scheme, series.mode, what, times[f"{i}"], base, series.kernels,
+            problem.roofline(series.scheme.removeprefix("torchao ")) if problem.device == "cuda" else None,
         )
-        for name, series in times.items()
+        for i, series in enumerate(found)
     ], refused
 
 
@@ -117,11 +151,11 @@ def _compile(problem: Problem, bits: float, compiler: Callable[[nn.Module], Comp
     return [compiler(model) for model in _models(problem, bits)]
 
 
-def _peer(problem: Problem, scheme: str) -> list[Compiled] | None:
+def _peer(problem: Problem, scheme: str, mode: str) -> list[Compiled] | None:
     models = list(_models(problem, resolve(scheme).weight.bits))
     if not all(peer_torchao.quantize(model, scheme, problem.device) for model in models):
         return None
-    return [build.compile_bf16(model, MODES[problem.device]) for model in models]
+    return [build.compile_bf16(model, mode) for model in models]
 
 
 def _time(problem: Problem, calls: dict[str, list[measure.Call]]) -> measure.Times:
@@ -129,7 +163,7 @@ def _time(problem: Problem, calls: dict[str, list[measure.Call]]) -> measure.Tim
         return measure.gpu_time(calls, 3, problem.reps)
     alone = {name: series[0] for name, series in calls.items()}
     clock = measure.cpu_time if torch.get_num_threads() == 1 else measure.wall_time
-    once = min(clock(alone, 1, 2)["bf16"])
+    once = min(clock(alone, 1, 2)["0"])
     return clock(alone, max(1, int(CPU_BLOCK_US / once)), problem.reps)
 
 
@@ -137,42 +171,74 @@ def report(rows: Sequence[Row]) -> str:
     """Per shape: bf16 in microseconds, the others as speed relative to it; then the losing rows, plainly."""
     parts = []
     for name in dict.fromkeys(r.shape for r in rows):
-        here = {(r.scheme, r.m): r for r in rows if r.shape == name}
-        ms = list(dict.fromkeys(m for _, m in here))
+        here = {(r.scheme, r.mode, r.m): r for r in rows if r.shape == name}
+        ms = sorted({m for *_, m in here})
         lines = []
-        for scheme in dict.fromkeys(s for s, _ in here):
-            cells = [here.get((scheme, m)) for m in ms]
+        for scheme, mode in dict.fromkeys((s, mode) for s, mode, _ in here):
+            cells = [here.get((scheme, mode, m)) for m in ms]
             unit, form = (" us", "{0.value:.1f}") if scheme == "bf16" else ("", "{0.ratio:.2f}")
-            lines.append([scheme + unit, *("-" if c is None else form.format(c) for c in cells)])
+            label = f"{scheme}{unit}{'' if mode == DEFAULT else ' max-autotune'}"
+            lines.append([label, *("-" if c is None else form.format(c) for c in cells)])
             floors = ["-" if c is None or c.roofline is None else f"{c.roofline / c.value:.0%}" for c in cells]
             if set(floors) != {"-"}:
                 lines.append(["  of roofline", *floors])
         parts.append(cli.table([f"{name}, M =", *map(str, ms)], lines))
-    losing = [r for r in rows if r.ratio is not None and r.ratio < 1 and r.kernel != "torchao"]
+    losing = [r for r in rows if r.ratio is not None and r.ratio < 1 and r.kernel not in ("", "torchao")]
     parts.append(f"losing rows (below 1.00x bf16): {len(losing)}")
     parts += [f"  {r.shape} M={r.m} {r.scheme}: {r.ratio:.3f}x, {r.value:.1f} us, {r.kernel}" for r in losing]
     return "\n".join(parts)
+
+
+def child(problem: Problem, args: argparse.Namespace) -> list[str]:
+    """The command that measures one problem and prints its rows."""
+    flags = [flag for flag in ("search", "peers") if getattr(args, flag)]
+    return [
+        sys.executable, "-m", "benchmarks.bench_linear", "--child", "--device", args.device, "--reps", str(args.reps),
+        "--shapes", problem.name, "--m", str(problem.m), "--schemes", args.schemes, *(f"--{flag}" for flag in flags),
+    ]
+
+
+def results(problems: Sequence[Problem], args: argparse.Namespace) -> Iterator[tuple[list[Row], list[str]]]:
+    """(rows, refusals) of every problem, in this process or each in one of its own."""
+    if args.jobs == 1 or args.child:
+        for problem in problems:
+            ready = turns.wait if args.child else list
+            yield measure_problem(problem, args.schemes.split(","), args.search, args.peers, ready)
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+        return
+    for problem, found in zip(problems, turns.run([child(p, args) for p in problems], args.jobs, args.limit), strict=True):
+        if isinstance(found, turns.Failed):
+            yield [], [f"{problem.name} M={problem.m}: {found}"]
+        else:
+            rows, refused = json.loads(found)
+            yield [Row(**row) for row in rows], refused
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=30, schemes=shapes.SCHEMES)
     p.add_argument("--shapes", help="comma-separated NxK or names (default: per device)")
     p.add_argument("--m", help="comma-separated (default: per device)")
+    p.add_argument("--search", action="store_true", help="ours with max-autotune too")
+    p.add_argument("--peers", action="store_true", help="torchao too, where it is installed and has the scheme")
+    p.add_argument("--jobs", type=int, default=1, help="processes that compile at once (default: %(default)s, this one)")
+    p.add_argument("--limit", type=float, default=400.0, help="seconds a process may take (default: %(default)s)")
+    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = cli.parse(p, argv)
     wanted = shapes.parse(args.shapes or ",".join(shapes.DEFAULT_SHAPES[args.device]))
     ms = [int(m) for m in args.m.split(",")] if args.m else shapes.DEFAULT_M[args.device]
     rows: list[Row] = []
     written: list[dict[str, Any]] = []
     refused: list[str] = []
-    for shape in wanted:
-        for m in ms:
-            more, no = measure_problem(Problem(shape, m, args.device, args.reps), args.schemes.split(","))
-            written += measure.write(more, args.device, args.results)  # at once: a run may be cut short
-            rows, refused = rows + more, refused + no
-            print(f"{'x'.join(map(str, shape))} M={m}: {len(more)} rows", file=sys.stderr, flush=True)
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
+    problems = [Problem(shape, m, args.device, args.reps) for shape in wanted for m in ms]
+    for problem, (more, no) in zip(problems, results(problems, args), strict=True):
+        if args.child:
+            print(json.dumps([[asdict(row) for row in more], no]))
+            return 0
+        written += measure.write(more, args.device, args.results)  # at once: a run may be cut short
+        rows, refused = rows + more, refused + no
+        print(f"{problem.name} M={problem.m}: {len(more)} rows", file=sys.stderr, flush=True)
     return cli.finish(written, report(rows), refused, args)
 
 

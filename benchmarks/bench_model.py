@@ -1,29 +1,30 @@
 """Whole models (models.py): bf16 under torch.compile, each scheme through aoquant, torchao where it is installed.
 
-Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own; the rows of a case run one
-after the other. step: device time of one step, the queue kept full where the host is fast enough for it. host: until the call
-returns, the device idle before. resident and peak: torch.cuda's allocator after the first call, and at most until then; of
-the whole process on CPU they are left empty. error: SQNR in dB of the step's result against compiled bf16's.
+Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own. `--jobs` of them compile at
+once (their compile time is then left empty); measured is one at a time. step: device time of one step, the queue kept full
+where the host is fast enough for it. host: until the call returns, the device idle before. resident and peak: torch.cuda's
+allocator after the first call, and at most until then; of the whole process on CPU they are left empty. error: SQNR in dB of
+the step's result against compiled bf16's.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import cli, measure, peer_torchao
+from benchmarks import cli, measure, peer_torchao, turns
 from benchmarks.models import CASES, Case, Step
 
 BENCH = "model"
@@ -73,8 +74,8 @@ def _seconds(step: Step, count: int, device: str) -> float:
     return time.perf_counter() - start
 
 
-def run(name: str, scheme: str, device: str, reference: Path, seconds: float) -> dict[str, Any]:
-    """One row, in this process."""
+def run(name: str, scheme: str, device: str, reference: Path, seconds: float, ready: Callable[[], None]) -> dict[str, Any]:
+    """One row, in this process; `ready` is called when all is compiled."""
     import aoquant_inductor  # noqa: F401  (registers the backend in a source tree)
 
     case = CASES[name]
@@ -97,6 +98,7 @@ def run(name: str, scheme: str, device: str, reference: Path, seconds: float) ->
         for _ in range(5):
             step()
         resident = torch.cuda.memory_allocated() / 1e6 if device == "cuda" else ""
+        ready()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         times = device_ms(step, device, seconds)
@@ -124,21 +126,12 @@ def run(name: str, scheme: str, device: str, reference: Path, seconds: float) ->
     }
 
 
-def child(name: str, scheme: str, args: Any, reference: Path) -> dict[str, Any] | str:
-    """One row from a process of its own, or why there is none."""
-    command = [
+def child(name: str, scheme: str, args: Any, reference: Path) -> list[str]:
+    """The command that measures one row and prints it."""
+    return [
         sys.executable, "-m", "benchmarks.bench_model", "--child", name, scheme, "--device", args.device,
         "--seconds", str(args.seconds), "--reference", str(reference), "--threads", str(args.threads),
     ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.limit)
-    except subprocess.TimeoutExpired:
-        return f"took more than {args.limit:.0f} s"
-    last = done.stdout.strip().splitlines()[-1:] or [""]
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no message"])[-1][-300:]
-    row: dict[str, Any] = json.loads(last[0])
-    return row
 
 
 COLUMNS = {
@@ -165,26 +158,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--cases", default="toy,qwen-decode-1,sam-block,dit", help=f"of {', '.join(CASES)} (default: %(default)s)")
     p.add_argument("--peers", action="store_true", help="torchao's matching schemes too")
     p.add_argument("--seconds", type=float, default=2.0, help="of timed steps per row (default: %(default)s)")
+    p.add_argument("--jobs", type=int, default=1, help="processes that compile at once (default: %(default)s)")
     p.add_argument("--limit", type=float, default=400.0, help="seconds one row may take (default: %(default)s)")
-    p.add_argument("--child", nargs=2, help="CASE SCHEME: one row, in this process")
-    p.add_argument("--reference", type=Path)
+    p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    p.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = cli.parse(p, argv)
     if args.child:
-        print(json.dumps(run(*args.child, args.device, args.reference, args.seconds)))
+        print(json.dumps(run(*args.child, args.device, args.reference, args.seconds, turns.wait)))
         return 0
     rows: list[dict[str, Any]] = []
     refused = []
-    for name in args.cases.split(","):
-        schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
-        peers = [PEER + scheme for scheme in schemes] if args.peers else []
-        with tempfile.TemporaryDirectory() as folder:
-            for scheme in ("bf16", *schemes, *peers):
-                found = child(name, scheme, args, Path(folder) / "bf16.pt")
-                if isinstance(found, str):
-                    refused.append(f"{name} {scheme}: {found}")
-                    continue
-                rows += measure.append([found], BENCH, args.device, args.results)
-                print(f"{name} {scheme}: {found['ms']} ms", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = []
+        for name in args.cases.split(","):
+            schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
+            wanted += [(name, scheme) for scheme in ("bf16", *schemes, *(PEER + s for s in schemes if args.peers))]
+        commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]
+        for (name, scheme), found in zip(wanted, turns.run(commands, args.jobs, args.limit), strict=True):
+            if isinstance(found, turns.Failed):
+                refused.append(f"{name} {scheme}: {found}")
+                continue
+            row: dict[str, Any] = json.loads(found)
+            if args.jobs > 1:
+                row["compile_s"] = ""
+            rows += measure.append([row], BENCH, args.device, args.results)
+            print(f"{name} {scheme}: {row['ms']} ms", file=sys.stderr, flush=True)
     return cli.finish(rows, table(rows) if rows else "", refused, args)
 
 

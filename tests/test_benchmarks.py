@@ -197,3 +197,33 @@ def test_a_table_takes_the_newest_row_and_leaves_wrong_kernels_out(tmp_path: Pat
     table = readme.tune("card", "8x16")
     assert "| s, 8x16 | 4.0 us, 2.50x |" in table
     assert "9.9" not in table
+
+
+def test_children_wait_for_their_turn_and_say_why_they_failed(tmp_path: Path) -> None:
+    from benchmarks import turns
+
+    log = tmp_path / "log"
+    body = f"""
+import sys, time
+from benchmarks import turns
+log = open({str(log)!r}, "a", buffering=1)
+log.write("prepared\\n")
+turns.wait()
+for _ in range(20):
+    log.write(sys.argv[1] + "\\n"); time.sleep(0.005)
+print("noise"); print("result " + sys.argv[1])
+"""
+    measured = [[sys.executable, "-c", body, name] for name in "abc"]
+    wrong = [[sys.executable, "-c", "raise ValueError('no such thing')"], [sys.executable, "-c", "import time; time.sleep(60)"]]
+    *found, failed, late = turns.run([*measured, *wrong], 3, 5)
+    assert found == ["result a", "result b", "result c"]
+    assert str(failed) == "ValueError: no such thing"
+    assert str(late) == "took more than 5 s"
+    assert log.read_text().split() == ["prepared"] * 3 + ["a"] * 20 + ["b"] * 20 + ["c"] * 20
+
+
+def test_problems_in_processes_give_the_rows_of_one(tmp_path: Path) -> None:
+    argv = ["--device", "cpu", "--shapes", "64x128", "--m", "1,3", "--schemes", "int8wo", "--reps", "2", "--jobs", "2"]
+    assert bench_linear.main([*argv, "--results", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path, "linear")
+    assert [(r["scheme"], r["m"]) for r in rows] == [("bf16", "1"), ("int8wo", "1"), ("bf16", "3"), ("int8wo", "3")]

@@ -1,0 +1,78 @@
+"""Benchmark processes that prepare side by side and measure one after the other.
+
+Compiling takes minutes of CPU, measuring seconds of a GPU that must then serve nobody else. A child calls `wait()` between
+the two; its parent lets the children of a batch go on one by one, once all of them wait.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO
+
+READY = "ready to measure"
+
+
+class Failed(Exception):
+    """A child that gave no result; the message is its last line, or how long it took."""
+
+
+def wait() -> None:
+    """In a child: everything is compiled and warm; returns when it may measure."""
+    print(READY, flush=True)
+    sys.stdin.readline()
+
+
+class _Child:
+    def __init__(self, command: Sequence[str], limit: float) -> None:
+        self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe that nobody reads would fill up)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.limit, self.late = limit, False
+        self.timer = threading.Timer(limit, self._stop)
+        self.timer.start()
+
+    def _stop(self) -> None:
+        if self.process.poll() is None:
+            self.late = True
+            self.process.kill()
+
+    def ready(self) -> None:
+        """Returns when the child waits, or has ended."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == READY:
+                return
+
+    def result(self) -> str:
+        """Lets it measure; the last line that it printed. Raises Failed."""
+        try:
+            out, _ = self.process.communicate("\n")
+        finally:
+            self.timer.cancel()
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines()
+        self.errors.close()
+        if self.late:
+            raise Failed(f"took more than {self.limit:.0f} s")
+        if self.process.returncode:
+            raise Failed((lines or ["no message"])[-1][-300:])
+        return (out.strip().splitlines() or [""])[-1]
+
+
+def run(commands: Sequence[Sequence[str]], jobs: int, limit: float) -> Iterator[str | Failed]:
+    """The last line that each command printed, in their order; `jobs` of them prepare at once, each has `limit` seconds."""
+    for start in range(0, len(commands), jobs):
+        children = [_Child(command, limit) for command in commands[start : start + jobs]]
+        with ThreadPoolExecutor(len(children)) as pool:
+            list(pool.map(_Child.ready, children))
+        for child in children:
+            try:
+                yield child.result()
+            except Failed as failed:
+                yield failed
