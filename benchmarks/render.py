@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aoquant_inductor import lowering, lowering_triton, qparams
 from aoquant_inductor._inductor_choices import COUNTERS
+from aoquant_inductor._inductor_reduction import rows_in_registers
 from aoquant_inductor.card import Card
 from aoquant_inductor.packing import Packed
 from aoquant_inductor.scheme import Scheme
@@ -75,7 +76,7 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
         gm = graph_of(*inputs)
     with (
         inductor_config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake),
-        _forced(*config) if config else contextlib.nullcontext(),
+        _forced(*config) if config else contextlib.nullcontext(), rows_in_registers(),
     ):
         graph = GraphLowering(gm, shape_env=None, example_inputs=inputs, is_inference=True)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):

@@ -23,10 +23,10 @@ SCALED = (("SCALED", True),)
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
-    m, one_sum = ir.static(p.m), p.groups == 1 or config.extra == SCALED
+    one_sum = p.groups == 1 or config.extra == SCALED
     return {
         "N": p.n, "N_PAD": n_pad, "K_PAD": k_pad, "EVEN_K": p.k == k_pad, "WARPS": config.num_warps,
-        "FEW": m is not None and m < config.block_m, "WIDE_SCALE": p.scale.get_dtype() == torch.float32,
+        "WIDE_SCALE": p.scale.get_dtype() == torch.float32,
         # a sum of all groups that stays in the accumulator, although not `carried`: a dot waited for, twice in a chunk
         "SCALED": False, "PARTS": 2 if one_sum and config.block_k == 128 and not config.carried else 1,
     }

@@ -115,7 +115,9 @@ class Kernel:
         return replace(config, split_k=split)
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
-        keywords = {**common_keywords(p), **self.keywords(p, config), **config.keywords()}
+        static, most = ir.static(p.m), ir.most_rows(p.m)
+        few = (static or config.block_m) < config.block_m or (static is None and most is not None and most <= config.block_m)
+        keywords = {**common_keywords(p), "FEW": few, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
             scratch = 4 * config.split_k * config.tiles(ir.most_rows(p.m) or 0, p.n) * config.block_m * config.block_n

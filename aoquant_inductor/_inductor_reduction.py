@@ -1,0 +1,44 @@
+"""A part of `_inductor`: how a row of activations is quantized by the kernel that Inductor makes of it.
+
+By itself Inductor loops over a row of more than 1024 elements once per reduction, so that a row that is quantized is read, and
+what produces it computed, twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from aoquant_inductor._inductor import private
+
+LONGEST = 16384
+"""Elements of a row that one program holds in registers: 32 in each thread of 16 warps."""
+
+
+@contextlib.contextmanager
+def rows_in_registers() -> Iterator[None]:
+    """Kernels compiled inside that write int8 next to a reduction along its rows read a row once."""
+    (v,) = private("torch._inductor.virtualized", "V")
+    (hint,) = private("torch._inductor.runtime.hints", "ReductionHint")
+    theirs = type(v.choices)
+
+    class Choices(theirs):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            length = features.reduction_numel
+            short = getattr(length, "is_Integer", False) and int(length) <= LONGEST
+            if short and not cooperative_reduction and features.get_reduction_hint() == hint.INNER and _quantizes(features):
+                return True
+            return bool(theirs.should_use_persistent_reduction(features, cooperative_reduction))
+
+    with v.set_choices_handler(Choices()):
+        yield
+
+
+def _quantizes(features: Any) -> bool:
+    return any(
+        buffer.node.get_dtype() == torch.int8 for node in features.scheduler_nodes() for buffer in node.get_outputs()
+    )
