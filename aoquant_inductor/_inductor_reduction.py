@@ -1,7 +1,7 @@
 """A part of `_inductor`: how a row of activations is quantized by the kernel that Inductor makes of it.
 
 By itself Inductor loops over a row of more than 1024 elements once per reduction, so that a row that is quantized is read, and
-what produces it computed, twice.
+what produces it computed, twice; and the rows of a few tokens it cuts into parts, which makes three kernels of one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def rows_in_registers() -> Iterator[None]:
             if short and not cooperative_reduction and features.get_reduction_hint() == hint.INNER and _quantizes(features):
                 return True
             return bool(theirs.should_use_persistent_reduction(features, cooperative_reduction))
+
+        @staticmethod
+        def reduction_split_factor(device: Any, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
+            if inner_reduction and reduction_numel_hint <= LONGEST:
+                return 1
+            return int(theirs.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
 
     with v.set_choices_handler(Choices()):
         yield

@@ -89,6 +89,15 @@ def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str
     assert sorted(sizes) == ["bfloat16", "bfloat16", "int8"], sizes
 
 
+@pytest.mark.parametrize("m", [2, 512])
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
+    rendered = offline.render_gated("int8dq", m, 64, k)
+    names = re.findall(r"^(triton_\w+) = async_compile", rendered.code, re.M)
+    # a "poi" of two rows fills the counters of split-K
+    assert [kind for name in names if (kind := name.split("_")[1]) in ("per", "red")] == ["per"], names
+
+
 # bf16 is broken in Triton's interpreter but for what ptx.py teaches it: the general kernel in fp16 and fp32, bf16 on the card.
 SPLIT = "(linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=4))"
 SWAPPED = "(linear.GENERAL, Config(32, 64, 128, 4, 3, swap=True, split_k=2))"
@@ -113,7 +122,12 @@ INT4 = [
     ("int8dq-int4w-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-128", 5, 70, 400, None),
     ("int8dq-int4w-128-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-256-asym", 40, 70, 700, None),
 ]
-CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED
+WORDS = [
+    ("int8wo", "bfloat16", 9, 70, 576, "None"), ("int8wo", "bfloat16", 40, 70, 1024, "(linear.INT8_WEIGHT_ONLY, linear.W64)"),
+    ("int8wo", "bfloat16", 40, 70, 448, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 64, 4, 2, swap=True, extra=(('DOTS', 2),)))"),
+    ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
+]
+CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED + WORDS
 DENSE = ("int4wo-128-asym", "int4wo-row", "int4wo-row-asym", "int4wo-64-asymfloat", "int4wo-32")  # all of a weight in bf16
 CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]
 RUN = """

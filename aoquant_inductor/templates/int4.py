@@ -114,15 +114,22 @@ D_LARGE = Config(128, 128, 128, 8, 3)
 D_SMALL = Config(64, 64, 128, 4, 4, split_k=FILL_TWICE)
 
 
+def _crowded(p: Problem) -> bool:
+    """Zeros of both sides and of every group take a thread's last registers."""
+    return p.groups > 1 and p.zero is not None and p.x_zero is not None
+
+
 def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
-    """Zeros of both sides take registers that a large tile leaves only to twice the warps."""
-    crowded = p.groups > 1 and p.zero is not None and p.x_zero is not None
-    return replace(config, num_warps=8) if crowded and config.block_m * config.block_n >= 64 * 128 else config
+    return replace(config, num_warps=8) if _crowded(p) and config.block_m * config.block_n >= 64 * 128 else config
+
+
+def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    return _keywords(p, config) | ({"FEW": False} if _crowded(p) else {})
 
 
 def _dynamic(groups: bool, configs: tuple[Config, ...], defaults: tuple[Default, ...]) -> Kernel:
     fits = lambda p, card: p.layout == "cuda_int8" and (p.groups > 1) == groups  # noqa: E731
-    return Kernel("int4_dynamic", fits, configs, defaults, _keywords, _dynamic_adapt)
+    return Kernel("int4_dynamic", fits, configs, defaults, _dynamic_keywords, _dynamic_adapt)
 
 
 DYNAMIC_ROW = _dynamic(

@@ -25,7 +25,10 @@ def _adapt(p: Problem, config: Config) -> Config | None:
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     dots = dict(config.extra).get("DOTS", 1)
-    return {"EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "DOTS": dots}
+    return {
+        "EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "DOTS": dots,
+        "WORDS": p.layout == "wgmma" and p.x.get_dtype() == torch.bfloat16,
+    }
 
 
 GENERAL_CONFIGS = (
