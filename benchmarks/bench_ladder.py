@@ -1,8 +1,8 @@
 """A model up the ladder of torchao's segment-anything tutorial: eager and compiled bf16, int8dq, Inductor's options.
 
 One model, compiled once per rung, all rungs timed in turn: wall time of one step until the device is done, which is what the
-tutorial shows. On CUDA every compiled rung searches (max_autotune). `ratio` is against compiled bf16; the first rung's is
-below 1. force_fuse_int_mm_with_mul has no reader in Inductor since 2.11: the rescale is in our kernel without it, and the
+tutorial shows. With --search every compiled rung has max_autotune, as there. `ratio` is against compiled bf16; the first
+rung's is below 1. force_fuse_int_mm_with_mul has no reader in Inductor since 2.11: the rescale is in our kernel without it, and the
 rung shows that.
 """
 
@@ -33,10 +33,9 @@ RUNGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def climb(model: nn.Module, device: str) -> dict[str, Callable[..., Any]]:
+def climb(model: nn.Module, search: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     """Rung -> the model as that rung runs it; nothing is compiled before the first call."""
-    search: dict[str, Any] = {"max_autotune": True} if device == "cuda" else {}
-    plain = torch.compile(model, dynamic=False, options=search or None)
+    plain = torch.compile(model, dynamic=False, options=dict(search) or None)
     ours = {
         label: torch.compile(model, backend="aoquant", dynamic=False, options={"schemes": "int8dq", **search, **options})
         for label, options in RUNGS.items()
@@ -56,7 +55,7 @@ def waited(step: build.Step, device: str) -> build.Step:
     return whole
 
 
-def measure_case(name: str, device: str, reps: int) -> tuple[list[Row], list[str]]:
+def measure_case(name: str, device: str, reps: int, search: bool) -> tuple[list[Row], list[str]]:
     """The rows of one case, and what was refused."""
     case = CASES[name]
     model, bind = case.make(device)
@@ -64,7 +63,7 @@ def measure_case(name: str, device: str, reps: int) -> tuple[list[Row], list[str
     steps: dict[str, build.Step] = {}
     kernels, refused = {EAGER: "", COMPILED: ""}, []
     with torch.no_grad(), build.no_caches():
-        for label, function in climb(model, device).items():
+        for label, function in climb(model, {"max_autotune": True} if search else {}).items():
             steps[label] = waited(bind(function), device)
             y = steps[label]().clone()
             if label == EAGER:
@@ -79,7 +78,7 @@ def measure_case(name: str, device: str, reps: int) -> tuple[list[Row], list[str
         times = measure.wall_time(steps, 1, reps)
     if build.graphs() != before:
         return [], [*refused, f"{name}: {build.graphs() - before} recompilations while timing"]
-    mode = "max_autotune" if device == "cuda" else "default"
+    mode = "max_autotune" if search else "default"
     return [
         measure.row(
             BENCH, name, int(case.per_step), label, "" if label == EAGER else mode, WHAT, series, times[COMPILED],
@@ -92,12 +91,13 @@ def measure_case(name: str, device: str, reps: int) -> tuple[list[Row], list[str
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=20, schemes=())
     p.add_argument("--cases", default="sam-block,sam-encoder", help="comma-separated (default: %(default)s)")
+    p.add_argument("--search", action="store_true", help="max_autotune on every compiled rung")
     args = cli.parse(p, argv)
     rows: list[Row] = []
     written: list[dict[str, Any]] = []
     refused: list[str] = []
     for name in args.cases.split(","):
-        more, no = measure_case(name, args.device, args.reps)
+        more, no = measure_case(name, args.device, args.reps, args.search)
         written += measure.write(more, args.device, args.results)
         rows, refused = rows + more, refused + no
     cells = [(r.shape, r.scheme, f"{r.value / 1e3:.3f}", f"{r.ratio:.2f}x", r.kernel or "-") for r in rows]
