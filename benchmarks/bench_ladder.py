@@ -2,8 +2,8 @@
 
 One model, compiled once per rung, all rungs timed in turn: wall time of one step until the device is done, which is what the
 tutorial shows. With --search every compiled rung has max_autotune, as there. `ratio` is against compiled bf16; the first
-rung's is below 1. force_fuse_int_mm_with_mul has no reader in Inductor since 2.11: the rescale is in our kernel without it, and the
-rung shows that.
+rung's is below 1. force_fuse_int_mm_with_mul has no reader in Inductor since 2.11: the rescale is in our kernel without it,
+and the rung shows that.
 """
 
 from __future__ import annotations
