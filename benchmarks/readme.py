@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from benchmarks import plots as made
+from benchmarks.bench_profile import MAKERS
 from benchmarks.measure import RESULTS
-from benchmarks.rows import Row, best_configs, linears, newest, of_models, origin, speeds, speeds_in, tune_files
+from benchmarks.rows import Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in, tune_files
 
 README = RESULTS.parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- table: ([\w .:*-]+?) -->\n).*?(<!-- end -->)", re.S)
@@ -141,6 +142,27 @@ def models() -> str:
     return "\n\n".join(model(card) for card in cards)
 
 
+def profiles() -> str:
+    """Per card, case and scheme: launches and share of a step's kernels by who made them."""
+    table, sources = [], []
+    files = {path: of_profiles(path) for path in sorted(RESULTS.glob("*.profile.csv"))}
+    seen = {row["by"] for runs in files.values() for run in runs.values() for row in run}
+    if not seen:
+        return "No rows yet: `python -m benchmarks.bench_profile` writes `benchmarks/results/<card>.profile.csv`."
+    makers = [maker for maker in (*MAKERS, "other") if maker in seen]
+    for path, runs in files.items():
+        for (case, scheme), run in runs.items():
+            cells = []
+            for maker in makers:
+                own = [row for row in run if row["by"] == maker]
+                share = sum(float(row["share"]) for row in own)
+                cells.append(f"{sum(float(row['count']) for row in own):g}, {share:.1%}" if own else "-")
+            whole = f"{sum(float(row['us']) for row in run):,.0f} us"
+            table.append([f"{case}, {path.name.partition('.')[0]}", scheme, whole, *cells])
+        sources.append(source([row for run in runs.values() for row in run], path))
+    return markdown(["launches and share of", "scheme", "in all", *makers], table) + "".join(sources)
+
+
 FIRST = ("qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-prefill-512", "sam-encoder", "voxtral", "dit")
 
 
@@ -197,6 +219,7 @@ def plots(*patterns: str) -> str:
 TABLES: Mapping[str, Callable[..., str]] = {
     "demo": demo, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model, "models": models,
     "first": first, "plots": plots, "losing": losing,
+    "profiles": profiles,
 }
 
 

@@ -63,6 +63,14 @@ def speeds(rows: Sequence[Row], case: str) -> list[tuple[Row, float]]:
     return [(row, float(own[0]["ms"]) / float(row["ms"])) for row in own]
 
 
+def of_profiles(path: Path) -> dict[tuple[str, str], list[Row]]:
+    """(case, scheme) -> the kernels of its last run."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {(row["case"], row["scheme"]): row["date"] for row in rows}
+    return {key: [row for row in rows if (row["case"], row["scheme"], row["date"]) == (*key, last[key])] for key in last}
+
+
 def speeds_in(path: Path) -> list[tuple[str, str, float]]:
     """(what, scheme, speed against bf16) of every row of a linear, model or host file."""
     bench = path.name.split(".")[-2]

@@ -144,3 +144,14 @@ def test_tables_of_models_and_of_what_loses(results: Path, monkeypatch: pytest.M
     (results / "card.model.csv").unlink()
     assert "bench_model" in readme.models()
     assert "card.model" not in readme.plots("*")
+
+
+def test_a_profile_counts_the_last_run_alone(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", results)
+    assert "bench_profile" in readme.profiles()
+    run = [("a", "aoquant", 2, 9.0, 0.9, "1"), ("b", "matmul", 1, 1.0, 0.1, "1"), ("c", "inductor", 3, 2.0, 0.25, "2"),
+           ("a", "aoquant", 4, 6.0, 0.75, "2")]
+    names = ("kernel", "by", "count", "us", "share", "date")
+    write(results, "profile", [{"case": "toy", "scheme": "int8wo", **dict(zip(names, row, strict=True))} for row in run])
+    assert "| toy, card | int8wo | 8 us | 4, 75.0% | 3, 25.0% |" in readme.profiles()
+    assert "matmul" not in readme.profiles()
