@@ -107,7 +107,9 @@ def cpp_template(
             definition = kernel.def_kernel(inputs=arguments, outputs={"y": out}, extra_sizevars=list(views.values()))
             starts = {key: index_text(kernel.rename_indexing(offset)) for key, offset in views.items()}
             begin = "".join(f"  const auto* {key} = {key}_buffer + {start};\n" for key, start in starts.items())
-            text = begin + body.replace("{m}", kernel.size(out, 0)).replace("{threads}", str(self.num_threads))
+            # nothing unless cpp.enable_kernel_profile is set; then a profiler would call all our kernels "kernel"
+            record = kernel.maybe_codegen_profile().replace(str(kernel.kernel_name), f"aoquant_{name}_n{n}") + "\n"
+            text = record + begin + body.replace("{m}", kernel.size(out, 0)).replace("{threads}", str(self.num_threads))
             return f'{self.header().getvalue()}\n{preamble}\nextern "C" {definition}\n{{\n{text}\n}}\n'
 
     template = Template(f"aoquant_{name}", list(names.values()), layout, threads())

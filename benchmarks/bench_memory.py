@@ -25,7 +25,7 @@ import aoquant_inductor
 from aoquant_inductor import packing, watch
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.weights import STORE, Release
-from benchmarks import build, cli, measure, models, peer_torchao
+from benchmarks import build, cli, measure, models_text, peer_torchao
 from benchmarks.measure import Row
 
 BENCH = "memory"
@@ -63,7 +63,7 @@ def on_meta(model: nn.Module, name: str, folder: Path) -> tuple[nn.Module, list[
     """The model without its parameters, and the file that has them."""
     path = folder / f"{name}.safetensors"
     save_file({key: t.contiguous() for key, t in model.named_parameters()}, path)
-    empty = models.llm("meta", name)
+    empty = models_text.llm("meta", name)
     for key, buffer in model.named_buffers():
         owner, _, last = key.rpartition(".")
         empty.get_submodule(owner)._buffers[last] = buffer
@@ -91,7 +91,7 @@ def clean(device: str) -> int:
 
 def measure_way(way: str, name: str, scheme: str, device: str, limit: float, folder: Path) -> list[Row]:
     before = clean(device)
-    model = models.llm(device, name)
+    model = models_text.llm(device, name)
     linear_bytes = sum(m.weight.nbytes for m in linears(model).values())
     whole = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
     more: tuple[Any, ...] = ()
@@ -133,7 +133,7 @@ def warm(device: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=1, schemes=("int8wo", "int4wo-128"))
-    p.add_argument("--model", default="llama3.1-8b", choices=tuple(models.LLMS))
+    p.add_argument("--model", default="llama3.1-8b", choices=tuple(models_text.LLMS))
     p.add_argument("--limit", type=float, default=0.0, help="GB of the device for `cpu` and `file` (default: all)")
     p.add_argument("--ways", default=",".join(WAYS), help="comma-separated (default: %(default)s)")
     args = cli.parse(p, argv)

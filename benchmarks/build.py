@@ -17,6 +17,10 @@ from torch import nn
 
 import aoquant_inductor
 
+Step = Callable[[], torch.Tensor]
+Made = tuple[nn.Module, Callable[[Any], Step]]  # models.py
+BF16 = torch.bfloat16
+
 _count = itertools.count()
 
 
@@ -91,6 +95,30 @@ def fresh(make: Callable[[], nn.Module], device: str) -> nn.Module:
     model = model.to(device, torch.bfloat16).eval().requires_grad_(False)
     fill(model, 0)
     return model
+
+
+def seeded(make: Callable[[], nn.Module], device: str) -> nn.Module:
+    """A bf16 model made on the device, in eval mode; same values every time."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(BF16)
+    try:
+        with torch.device(device):
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def first(compiled: Any, x: torch.Tensor) -> Step:
+    """A step that returns the first output of a model, whatever it packs it into."""
+
+    def step() -> torch.Tensor:
+        y = compiled(x)
+        found: torch.Tensor = y if isinstance(y, torch.Tensor) else y[0]
+        return found
+
+    return step
 
 
 def compile_bf16(model: nn.Module, mode: str = "default") -> Callable[..., Any]:

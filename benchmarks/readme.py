@@ -6,23 +6,19 @@ A block of the README between `<!-- table: KIND CARD ... -->` and `<!-- end -->`
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from benchmarks import plots as made
+from benchmarks.bench_profile import MAKERS
 from benchmarks.measure import RESULTS
+from benchmarks.rows import Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in, tune_files
 
 README = RESULTS.parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- table: ([\w .:-]+?) -->\n).*?(<!-- end -->)", re.S)
-Row = Mapping[str, str]
-
-
-def newest(path: Path, *key: str) -> list[Row]:
-    """The rows of a file, one per key: the last one, in the order the keys first appear. Raises FileNotFoundError."""
-    with path.open(newline="") as file:
-        return list({tuple(row[k] for k in key): row for row in csv.DictReader(file)}.values())
+BLOCK = re.compile(r"(<!-- table: ([\w .:*-]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -31,11 +27,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def source(rows: Sequence[Row], path: Path) -> str:
-    """What the numbers were measured on, from the rows themselves."""
-    several = lambda key: ", ".join(dict.fromkeys(row[key] for row in rows if row[key]))  # noqa: E731
-    threads = f"{several('threads')} CPU thread(s), " if several("threads") else ""
-    text = f"{several('card')}, {threads}torch {several('torch')}, commit {several('commit')}"
-    return f"\n\n<sub>[{path.name}](benchmarks/results/{path.name}): {text}</sub>"
+    return f"\n\n<sub>[{path.name}](benchmarks/results/{path.name}): {origin(rows)}</sub>"
 
 
 def demo(card: str) -> str:
@@ -71,7 +63,7 @@ def host(card: str, *schemes: str) -> str:
 def linear(card: str, *names: str) -> str:
     """Speed against bf16, one row per shape and scheme, one column per M; below 1 in bold."""
     path = RESULTS / f"{card}.linear.csv"
-    rows = newest(path, "shape", "m", "scheme")
+    rows = linears(path)
     ms = sorted({int(row["m"]) for row in rows})
     found = {(row["shape"], row["scheme"], int(row["m"])): row for row in rows}
     table = []
@@ -89,13 +81,8 @@ def linear(card: str, *names: str) -> str:
 
 def tune(card: str, *shapes: str) -> str:
     """The best config that was right: microseconds and speed against bf16; below 1 in bold."""
-    paths = [RESULTS / f"{card}.{name}.csv" for name in ("tune", "int4.tune")]
-    rows = [row for path in paths for row in newest(path, "scheme", "n", "k", "m", "kernel", "config") if row["us"]]
-    best: dict[tuple[str, str, int], Row] = {}
-    for row in sorted(rows, key=lambda row: -float(row["us"])):
-        # a carried sum needs a newer ptxas than Triton brings
-        if row["kernel"] != "bf16" and "wrong" not in row["note"].lower() and "carried" not in row["config"]:
-            best[row["scheme"], f"{row['n']}x{row['k']}", int(row["m"])] = row
+    path = RESULTS / f"{card}.tune.csv"
+    best = best_configs(path)
     ms = [m for m in sorted({m for _, _, m in best}) if m in (1, 16, 64, 256, 1024, 4096)]
     table = []
     for shape in shapes:
@@ -103,7 +90,7 @@ def tune(card: str, *shapes: str) -> str:
             cells = [best.get((scheme, shape, m)) for m in ms]
             text = ["-" if c is None else f"{float(c['us']):.1f} us, {_ratio(float(c['ratio']))}" for c in cells]
             table.append([f"{scheme}, {shape}", *text])
-    sources = [source(newest(path, "scheme", "n", "k", "m", "config"), path) for path in paths]
+    sources = [source(newest(one, "scheme", "n", "k", "m", "config"), one) for one in tune_files(path)]
     return markdown(["M =", *map(str, ms)], sorted(table)) + "".join(sources)
 
 
@@ -127,8 +114,112 @@ def memory(card: str) -> str:
     return markdown(head, table) + source(rows, path)
 
 
+def _gigabytes(row: Row) -> str:
+    return f"{float(row['resident_mb']) / 1e3:.2f} GB" if row["resident_mb"] else "-"
+
+
+def model(card: str) -> str:
+    """Every case and scheme of a card: speed against compiled bf16, rate, host time, memory, error."""
+    path = RESULTS / f"{card}.model.csv"
+    rows = of_models(path)
+    table = [
+        [
+            row["case"], row["scheme"], _ratio(speed), f"{float(row['rate']):,.1f} {row['unit']}", f"{float(row['ms']):.3f} ms",
+            f"{float(row['host_ms']):.3f} ms" if row["host_ms"] else "-", _gigabytes(row),
+            f"{row['error_db']} dB" if row["error_db"] else "-", row["quantized"] or "-",
+        ]
+        for case in dict.fromkeys(row["case"] for row in rows) for row, speed in speeds(rows, case)
+    ]
+    head = ["case", "scheme", "speed", "rate", "step", "host", "resident", "SQNR to bf16", "linears"]
+    return markdown(head, table) + source(rows, path)
+
+
+def models() -> str:
+    """A table of every card that ran whole models."""
+    cards = [path.name.partition(".")[0] for path in sorted(RESULTS.glob("*.model.csv"))]
+    if not cards:
+        return "No rows yet: `python -m benchmarks.bench_model` writes `benchmarks/results/<card>.model.csv`."
+    return "\n\n".join(model(card) for card in cards)
+
+
+def profiles() -> str:
+    """Per card, case and scheme: launches and share of a step's kernels by who made them."""
+    table, sources = [], []
+    files = {path: of_profiles(path) for path in sorted(RESULTS.glob("*.profile.csv"))}
+    seen = {row["by"] for runs in files.values() for run in runs.values() for row in run}
+    if not seen:
+        return "No rows yet: `python -m benchmarks.bench_profile` writes `benchmarks/results/<card>.profile.csv`."
+    makers = [maker for maker in (*MAKERS, "other") if maker in seen]
+    for path, runs in files.items():
+        for (case, scheme), run in runs.items():
+            cells = []
+            for maker in makers:
+                own = [row for row in run if row["by"] == maker]
+                share = sum(float(row["share"]) for row in own)
+                cells.append(f"{sum(float(row['count']) for row in own):g}, {share:.1%}" if own else "-")
+            whole = f"{sum(float(row['us']) for row in run):,.0f} us"
+            table.append([f"{case}, {path.name.partition('.')[0]}", scheme, whole, *cells])
+        sources.append(source([row for run in runs.values() for row in run], path))
+    return markdown(["launches and share of", "scheme", "in all", *makers], table) + "".join(sources)
+
+
+FIRST = ("qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-prefill-512", "sam-encoder", "voxtral", "dit")
+
+
+def first() -> str:
+    """The first screen: whole models against compiled bf16, speed, memory and accuracy, whoever wins."""
+    table, sources = [], []
+    for path in sorted(RESULTS.glob("*.model.csv")):
+        rows = of_models(path)
+        for row, speed in (pair for case in FIRST for pair in speeds(rows, case)):
+            if row["scheme"] != "bf16" and not row["scheme"].startswith("torchao "):
+                base = next(one for one in rows if (one["case"], one["scheme"]) == (row["case"], "bf16"))
+                of = float(row["resident_mb"]) / float(base["resident_mb"]) if row["resident_mb"] else 0
+                table.append([
+                    f"{row['case']}, {path.name.partition('.')[0]}", row["scheme"], _ratio(speed),
+                    f"{_gigabytes(row)}, {of:.2f}x" if of else "-", f"SQNR {row['error_db']} dB",
+                ])
+        sources.append(source([row for row in rows if row["case"] in FIRST], path))
+    for path in sorted(RESULTS.glob("*.demo.csv")):
+        rows = newest(path, "scheme")
+        size = {row["scheme"]: int(row["linear_bytes"]) for row in rows}
+        for row in rows:
+            if row["scheme"] != "bf16":
+                table.append([
+                    f"{row['model']} decode / prefill, {path.name.partition('.')[0]}", row["scheme"],
+                    f"{_ratio(float(row['decode_x']))} / {_ratio(float(row['prefill_x']))}",
+                    f"{size[row['scheme']] / size['bf16']:.2f}x of bf16's linears",
+                    f"perplexity {float(row['ppl_ratio']):.4f}x, KL {row['kl']}",
+                ])
+        sources.append(source(rows, path))
+    return markdown(["model, card", "scheme", "speed-up", "memory", "accuracy"], table) + "".join(sources)
+
+
+def losing(*cards: str) -> str:
+    """Every row of ours below 1.00x of bf16 in the files of these cards: linears, models, host time."""
+    table, seen = [], []
+    for card in cards:
+        for path in (RESULTS / f"{card}.{bench}.csv" for bench in ("linear", "model", "host")):
+            if not path.exists():
+                continue
+            seen.append(f"[{path.name}](benchmarks/results/{path.name})")
+            for what, scheme, ratio in speeds_in(path):
+                if ratio < 1 and not scheme.startswith("torchao "):
+                    table.append([f"{what}, {path.name.removesuffix('.csv')}", scheme, _ratio(ratio)])
+    rows = markdown(["below bf16", "scheme", "speed"], table) if table else "None."
+    return f"{rows}\n\n<sub>of {', '.join(seen)}</sub>"
+
+
+def plots(*patterns: str) -> str:
+    """The plots with such names that there are rows for; `python -m benchmarks.plots` makes them."""
+    wanted = [plot for plot in made.plots(RESULTS) if any(fnmatchcase(plot.name, pattern) for pattern in patterns)]
+    return "\n\n".join(f"![{plot.title}](benchmarks/plots/{plot.name}.svg)" for plot in wanted)
+
+
 TABLES: Mapping[str, Callable[..., str]] = {
-    "demo": demo, "host": host, "linear": linear, "tune": tune, "memory": memory,
+    "demo": demo, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model, "models": models,
+    "first": first, "plots": plots, "losing": losing,
+    "profiles": profiles,
 }
 
 

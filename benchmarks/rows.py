@@ -1,0 +1,85 @@
+"""Rows of benchmarks/results/*.csv as tables and plots want them: of what was measured twice, the newest."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Row = Mapping[str, str]
+
+
+def newest(path: Path, *key: str) -> list[Row]:
+    """The rows of a file, one per key: the last one, in the order the keys first appear. Raises FileNotFoundError."""
+    with path.open(newline="") as file:
+        return list({tuple(row[k] for k in key): row for row in csv.DictReader(file)}.values())
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """What the numbers were measured on, from the rows themselves."""
+    several = lambda key: ", ".join(dict.fromkeys(row[key] for row in rows if row[key]))  # noqa: E731
+    threads = f"{several('threads')} CPU thread(s), " if several("threads") else ""
+    return f"{several('card')}, {threads}torch {several('torch')}, commit {several('commit')}"
+
+
+def linears(path: Path) -> list[Row]:
+    """One row per shape, M and scheme: of two modes the default one, of bf16's the faster, which the ratios are against."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in newest(path, "shape", "m", "scheme", "mode"):
+        key = row["shape"], row["m"], row["scheme"]
+        if key not in found or (
+            float(row["value"]) < float(found[key]["value"]) if row["scheme"] == "bf16" else row["mode"] == "default"
+        ):
+            found[key] = row
+    return list(found.values())
+
+
+def tune_files(path: Path) -> list[Path]:
+    """<card>.tune.csv and what lies beside it of the same card."""
+    return [one for one in (path, path.with_name(path.name.replace(".tune.", ".int4.tune."))) if one.exists()]
+
+
+def best_configs(path: Path) -> dict[tuple[str, str, int], Row]:
+    """(scheme, NxK, M) -> the fastest config that was right."""
+    files = tune_files(path)
+    rows = [row for one in files for row in newest(one, "scheme", "n", "k", "m", "kernel", "config") if row["us"]]
+    best: dict[tuple[str, str, int], Row] = {}
+    for row in sorted(rows, key=lambda row: -float(row["us"])):
+        # a carried sum needs a newer ptxas than Triton brings
+        if row["kernel"] != "bf16" and "wrong" not in row["note"].lower() and "carried" not in row["config"]:
+            best[row["scheme"], f"{row['n']}x{row['k']}", int(row["m"])] = row
+    return best
+
+
+def of_models(path: Path) -> list[Row]:
+    return newest(path, "case", "scheme")
+
+
+def speeds(rows: Sequence[Row], case: str) -> list[tuple[Row, float]]:
+    """(row, its speed against bf16) of one case, bf16 first; nothing where bf16 has no row."""
+    own = sorted((row for row in rows if row["case"] == case), key=lambda row: row["scheme"] != "bf16")
+    if not own or own[0]["scheme"] != "bf16":
+        return []
+    return [(row, float(own[0]["ms"]) / float(row["ms"])) for row in own]
+
+
+def of_profiles(path: Path) -> dict[tuple[str, str], list[Row]]:
+    """(case, scheme) -> the kernels of its last run."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {(row["case"], row["scheme"]): row["date"] for row in rows}
+    return {key: [row for row in rows if (row["case"], row["scheme"], row["date"]) == (*key, last[key])] for key in last}
+
+
+def speeds_in(path: Path) -> list[tuple[str, str, float]]:
+    """(what, scheme, speed against bf16) of every row of a linear, model or host file."""
+    bench = path.name.split(".")[-2]
+    if bench == "model":
+        rows = of_models(path)
+        cases = dict.fromkeys(row["case"] for row in rows)
+        return [(case, row["scheme"], speed) for case in cases for row, speed in speeds(rows, case) if row["scheme"] != "bf16"]
+    if bench == "linear":
+        return [(f"{r['shape']}, M = {r['m']}", r["scheme"], float(r["ratio"])) for r in linears(path) if r["scheme"] != "bf16"]
+    rows = newest(path, "shape", "scheme", "mode")
+    named = [row for row in rows if row["ratio"] and row["scheme"] != "bf16"]
+    return [(f"{row['shape']}, {row['mode']}", row["scheme"], float(row["ratio"])) for row in named]
