@@ -3,15 +3,18 @@
 cuda: wall time until the call returns, the device not waited for: host only.
 cpu: CPU time of one thread. It INCLUDES the kernels, since they run on the host; the 50 x Linear(64, 64) model is
      nearly all overhead, 100 x Linear(1024, 1024) nearly all memory traffic.
+Every model and mode is a process of its own; `--jobs` of them compile at once, and are measured one at a time.
 The last line is the staleness check alone, over 224 weights, warm caches; it is part of the calls above it.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import gc
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from torch import nn
 
 from aoquant_inductor import watch, weights
-from benchmarks import build, cli, measure
+from benchmarks import build, cli, measure, turns
 from benchmarks.measure import Row
 
 BENCH = "host"
@@ -33,8 +36,10 @@ MODES = {"cpu": ("default",), "cuda": ("default", "reduce-overhead")}
 WEIGHTS = 224  # the linears of a Llama-8B
 
 
-def measure_model(name: str, schemes: Sequence[str], mode: str, device: str, reps: int) -> tuple[list[Row], list[str]]:
-    """The rows of one model in one mode, bf16 first, and what was refused."""
+def measure_model(
+    name: str, schemes: Sequence[str], mode: str, device: str, reps: int, ready: Callable[[], object] = list
+) -> tuple[list[Row], list[str]]:
+    """The rows of one model in one mode, bf16 first, and what was refused; `ready` is called before anything is timed."""
     make, width, linears = MODELS[name]
     x = torch.randn(1, width, device=device, dtype=torch.bfloat16)
     functions: dict[str, measure.Call] = {"bf16": partial(build.compile_bf16(build.fresh(make, device), mode), x)}
@@ -53,7 +58,10 @@ def measure_model(name: str, schemes: Sequence[str], mode: str, device: str, rep
                     functions[label] = partial(compiled, x)
                 except build.Refused as why:
                     refused.append(f"{name} {mode} {label}: {why}")
+        for function in functions.values():
+            function()
         before = build.graphs()
+        ready()
         clock = measure.host_time if device == "cuda" else _cpu_clock()
         times = clock(functions, 3 if device == "cuda" else 10, reps)
     if build.graphs() != before:
@@ -80,20 +88,39 @@ def staleness(reps: int) -> Row:
     return measure.row(BENCH, f"{WEIGHTS} weights", 1, "any", "", "stale_check", times["check"])
 
 
+def child(name: str, mode: str, args: argparse.Namespace) -> list[str]:
+    """The command that measures one model in one mode and prints its rows."""
+    return [
+        sys.executable, "-m", "benchmarks.bench_host", "--child", mode, "--models", name, "--device", args.device,
+        "--schemes", args.schemes, "--reps", str(args.reps), "--threads", str(args.threads),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=60, schemes=("int8wo",))
     p.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
+    p.add_argument("--jobs", type=int, default=1, help="processes that compile at once (default: %(default)s)")
+    p.add_argument("--limit", type=float, default=400.0, help="seconds in which one must have compiled (default: %(default)s)")
+    p.add_argument("--child", help=argparse.SUPPRESS)
     args = cli.parse(p, argv)
     watch.settle()
+    if args.child:
+        found, refused = measure_model(args.models, args.schemes.split(","), args.child, args.device, args.reps, turns.wait)
+        print(json.dumps([[asdict(row) for row in found], refused]))
+        return 0
     rows: list[Row] = []
     written: list[dict[str, Any]] = []
-    refused: list[str] = []
-    for name in args.models.split(","):
-        for mode in MODES[args.device]:
-            more, no = measure_model(name, args.schemes.split(","), mode, args.device, args.reps)
-            written += measure.write(more, args.device, args.results)
-            rows, refused = rows + more, refused + no
-            gc.collect()
+    refused = []
+    wanted = [(name, mode) for name in args.models.split(",") for mode in MODES[args.device]]
+    commands = [child(name, mode, args) for name, mode in wanted]
+    for (name, mode), result in zip(wanted, turns.run(commands, args.jobs, args.limit), strict=True):
+        if isinstance(result, turns.Failed):
+            refused.append(f"{name} {mode}: {result}")
+            continue
+        more, no = json.loads(result)
+        found = [Row(**row) for row in more]
+        written += measure.write(found, args.device, args.results)
+        rows, refused = rows + found, refused + no
     rows.append(staleness(args.reps))
     written += measure.write(rows[-1:], args.device, args.results)
     cells = [

@@ -32,14 +32,17 @@ PEER = "torchao "
 
 
 def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) -> Any:
-    """The model as its users compile it: whole, or block by block. Raises LookupError where torchao has no such scheme."""
+    """The model as its users compile it to serve it: whole, or block by block; ours without the original weights.
+
+    Raises LookupError where torchao has no such scheme.
+    """
     options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
     if scheme == "bf16" or scheme.startswith(PEER):
         if scheme != "bf16" and not peer_torchao.quantize(model, scheme.removeprefix(PEER), device):
             raise LookupError(scheme)
         how: dict[str, Any] = options
     else:
-        how = {"backend": "aoquant", "options": {"schemes": scheme, **options}}
+        how = {"backend": "aoquant", "options": {**case.options(scheme), **options, "release_weights": True}}
     if case.blockwise:
         for block in getattr(model, case.blockwise):
             block.compile(**how, dynamic=False)
@@ -172,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = []
         for name in args.cases.split(","):
             schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
-            wanted += [(name, scheme) for scheme in ("bf16", *schemes, *(PEER + s for s in schemes if args.peers))]
+            peers = [PEER + s for s in schemes if args.peers and s not in CASES[name].mixed]
+            wanted += [(name, scheme) for scheme in ("bf16", *schemes, *peers)]
         commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]
         for (name, scheme), found in zip(wanted, turns.run(commands, args.jobs, args.limit), strict=True):
             if isinstance(found, turns.Failed):

@@ -2,10 +2,13 @@
 
 Compiling takes minutes of CPU, measuring seconds of a GPU that must then serve nobody else. A child calls `wait()` between
 the two; its parent lets the children of a batch go on one by one, once all of them wait.
+
+The children share the CPUs: by itself, Inductor would start as many compilers in each of them as the machine has CPUs.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,10 +31,11 @@ def wait() -> None:
 
 
 class _Child:
-    def __init__(self, command: Sequence[str], limit: float) -> None:
+    def __init__(self, command: Sequence[str], limit: float, threads: int) -> None:
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe that nobody reads would fill up)
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
         self.limit, self.late = limit, False
         self.timer = threading.Timer(limit, self._stop)
@@ -47,14 +51,12 @@ class _Child:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.strip() == READY:
-                return
+                break
+        self.timer.cancel()
 
     def result(self) -> str:
         """Lets it measure; the last line that it printed. Raises Failed."""
-        try:
-            out, _ = self.process.communicate("\n")
-        finally:
-            self.timer.cancel()
+        out, _ = self.process.communicate("\n")
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
         self.errors.close()
@@ -66,9 +68,10 @@ class _Child:
 
 
 def run(commands: Sequence[Sequence[str]], jobs: int, limit: float) -> Iterator[str | Failed]:
-    """The last line that each command printed, in their order; `jobs` of them prepare at once, each has `limit` seconds."""
+    """The last line that each command printed, in their order; `jobs` of them prepare at once, within `limit` seconds each."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     for start in range(0, len(commands), jobs):
-        children = [_Child(command, limit) for command in commands[start : start + jobs]]
+        children = [_Child(command, limit, threads) for command in commands[start : start + jobs]]
         with ThreadPoolExecutor(len(children)) as pool:
             list(pool.map(_Child.ready, children))
         for child in children:
