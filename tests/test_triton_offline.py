@@ -126,6 +126,7 @@ WORDS = [
     ("int8wo", "bfloat16", 9, 70, 576, "None"), ("int8wo", "bfloat16", 40, 70, 1024, "(linear.INT8_WEIGHT_ONLY, linear.W64)"),
     ("int8wo", "bfloat16", 40, 70, 448, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 64, 4, 2, swap=True, extra=(('DOTS', 2),)))"),
     ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
+    ("int8wo", "bfloat16", 40, 70, 448, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 64, 4, 3, swap=True, split_k=2, extra=linear.AHEAD))"),
 ]
 CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED + WORDS
 DENSE = ("int4wo-128-asym", "int4wo-row", "int4wo-row-asym", "int4wo-64-asymfloat", "int4wo-32")  # all of a weight in bf16

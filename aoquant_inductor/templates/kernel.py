@@ -128,8 +128,9 @@ class Kernel:
 
 def _shared(p: Problem, config: Config) -> int:
     x_bytes = config.block_m * p.x.get_dtype().itemsize
-    step = config.block_k * int(dict(config.extra).get("DOTS", 1))
-    return int(config.num_stages * step * (x_bytes + config.block_n * p.bits // 8))
+    extra = dict(config.extra)
+    w_bytes = 0 if extra.get("AHEAD") else config.block_n * p.bits // 8
+    return int(config.num_stages * config.block_k * int(extra.get("DOTS", 1)) * (x_bytes + w_bytes))
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def _adapt(p: Problem, config: Config) -> Config | None:
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     dots = dict(config.extra).get("DOTS", 1)
     return {
-        "EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "DOTS": dots,
+        "EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "AHEAD": False, "DOTS": dots,
         "WORDS": p.layout == "wgmma" and p.x.get_dtype() == torch.bfloat16,
     }
 
@@ -78,28 +78,28 @@ W32 = Config(32, 64, 128, 4, 4, swap=True)
 W64 = Config(64, 64, 128, 4, 4, swap=True)
 W64_WIDE = Config(64, 128, 128, 8, 4, swap=True)
 W128 = Config(128, 64, 128, 4, 3, swap=True)
-W256 = Config(256, 64, 64, 4, 3, swap=True, extra=(("HELD", True),))
-W_LARGE = Config(256, 128, 64, 8, 2, swap=True, extra=(("DOTS", 2),))
+HELD = (("HELD", True),)
+W128_HELD = replace(W128, extra=HELD)
+W256 = Config(256, 64, 64, 4, 3, swap=True, extra=HELD)
+AHEAD = (("DOTS", 2), ("AHEAD", True))
+W_LARGE = Config(256, 128, 64, 8, 3, swap=True, extra=AHEAD)
 INT8_WEIGHT_ONLY = Kernel(
     "linear", lambda p, card: p.layout == "wgmma",
     (
         *(
             replace(config, split_k=split)
-            for config in (W16, W32, W64, W64_WIDE, W128, W256) for split in (1, FILL, FILL_TWICE)
+            for config in (W16, W32, W64, W64_WIDE, W128, W128_HELD, W256) for split in (1, FILL, FILL_TWICE)
         ),
         W_LARGE,
     ),
     (
         Default(replace(W16, split_k=FILL_TWICE), upto=16),
         Default(replace(W32, split_k=FILL_TWICE), upto=32),
-        Default(replace(W64_WIDE, split_k=FILL), upto=64, n=8192),
-        Default(replace(W64_WIDE, split_k=FILL), upto=64, k=8192),
         Default(replace(W64, split_k=FILL_TWICE), upto=64),
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
         Default(W256, upto=512, waves=1.5),
-        Default(replace(W128, split_k=FILL_TWICE), upto=512),
-        # one dequantization and cuBLAS: .72x of bf16 at 28672x4096 and M = 1024 on an H100; W_LARGE, like int4.py's L256 (.93x)
-        # but for the conversion, is to be timed first
+        Default(replace(W128_HELD, split_k=FILL_TWICE), upto=512),
+        # one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE .72x, .67x)
         Default(None),
     ),
     _keywords, _adapt,
