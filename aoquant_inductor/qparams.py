@@ -199,6 +199,7 @@ def dequantize(
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x[..., K] -> x_q[..., K] int8 in -127..127, x_scale[..., 1] fp32; x ~ x_q * x_scale."""
     values = x.float()
+    # a product, which is what eager CUDA and Inductor make of a division by a constant: the same codes everywhere
     scale = (values.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(SCALE_FLOOR)
     # one division for a row: an element's own would cost a kernel more than its bytes do
     return (values * (1 / scale)).round().clamp(-127, 127).to(torch.int8), scale
