@@ -36,17 +36,21 @@ class TritonChoice:
 
 @dataclass(frozen=True)
 class Reference:
-    """The same result in Inductor's own IR, as a choice: `call` over tensors is measured, `build` is what the graph gets."""
+    """The same result in Inductor's own IR, as a choice: `call` over tensors is measured, `build` is what the graph gets.
+
+    portable: its linear is measured as the portable lowering; else as what default mode takes.
+    """
 
     call: Callable[..., torch.Tensor]
     build: Callable[[], tuple[str, IR]]
+    portable: bool = True
 
 
-_measuring: contextvars.ContextVar[bool] = contextvars.ContextVar("aoquant_measuring", default=False)
+_measuring: contextvars.ContextVar[Reference | None] = contextvars.ContextVar("aoquant_measuring", default=None)
 
 
-def measuring() -> bool:
-    """Whether what is lowered now is a reference being measured, which must not choose again."""
+def measuring() -> Reference | None:
+    """The reference that is lowered now to be measured, which must not choose again."""
     return _measuring.get()
 
 
@@ -56,7 +60,7 @@ def _reference(name: str, nodes: Sequence[IR], layout: Any, reference: Reference
 
     class Caller(base):  # type: ignore[misc, valid-type]
         def benchmark(self, *args: Any, out: torch.Tensor) -> Any:
-            token = _measuring.set(True)
+            token = _measuring.set(reference)
             try:
                 return super().benchmark(*args, out=out)
             finally:

@@ -70,6 +70,13 @@ def realize(x: IR) -> IR:
     return ir.ExternKernel.require_contiguous(x)
 
 
+def realized_dense(x: IR) -> bool:
+    """Realizes x; whether that is a dense row-major buffer or a part of one, so that `realize` copies nothing."""
+    (contiguous,) = private("torch._inductor.ir", "is_contiguous_storage_and_layout")
+    x.realize()
+    return bool(contiguous(x))
+
+
 def static(x: Expr) -> int | None:
     """The value of a size if it is known at compile time."""
     return int(x) if isinstance(x, int | sympy.Integer) else None

@@ -33,6 +33,9 @@ BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {
 }
 """device type -> what to try before the portable lowering."""
 
+QUANTIZING: dict[str, Callable[[Problem, Callable[[], tuple[str, Any]]], tuple[str, Any] | None]] = {"cuda": triton.quantizing}
+"""device type -> what to try where x is given beside its quantization: one kernel for both."""
+
 TOGETHER: frozenset[str] = frozenset(["cuda", "xpu"])
 """device types where linears that read one activation are worth one launch (siblings.py)."""
 
@@ -52,13 +55,22 @@ def recording() -> Iterator[Kernels]:
         _recording.reset(token)
 
 
-def _lower(problem: Problem) -> Any:
-    tries = (*(() if inductor.measuring() else BACKENDS.get(problem.device.type, ())), portable.linear)
-    name, result = next(found for backend in tries if (found := backend(problem)) is not None)
+def _choose(problem: Problem) -> tuple[str, Any]:
+    """(kernel name, y[M, N])."""
+    measured = inductor.measuring()
+    ours = () if measured is not None and measured.portable else BACKENDS.get(problem.device.type, ())
+    return next(found for backend in (*ours, portable.linear) if (found := backend(problem)) is not None)
+
+
+def _finish(problem: Problem, name: str, result: Any) -> Any:
     kernels = _recording.get()
-    if kernels is not None and not inductor.measuring():
+    if kernels is not None and inductor.measuring() is None:
         kernels.setdefault(problem.key, set()).add(name)
     return ir.view(result, [*problem.leading, problem.n])
+
+
+def _lower(problem: Problem) -> Any:
+    return _finish(problem, *_choose(problem))
 
 
 def _linear_wo(x: Any, w: Any, scale: Any, zero: Any, bias: Any, *key: Any) -> Any:
@@ -66,11 +78,20 @@ def _linear_wo(x: Any, w: Any, scale: Any, zero: Any, bias: Any, *key: Any) -> A
 
 
 def _linear_dynamic(
-    x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any, *key: Any
+    x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any, *key: Any, x: Any = None
 ) -> Any:
     if key[5] == "cuda_bf16":
         return _linear_dynamic_bf16(x_q, x_scale, x_zero, w, scale, zero, bias, key)
-    return _lower(Problem.of(x_q, x_scale, x_zero, w, scale, zero, sums, bias, key[:-1], key[-1]))
+    weight = (w, scale, zero, sums, bias, key[:-1], key[-1])
+    # x_q is not asked for before it is needed: an unread quantization is no kernel
+    apart = lambda: Problem.of(x_q, x_scale, x_zero, *weight)  # noqa: E731
+    # a copy of a strided x would be the launch that is to be saved
+    if x is not None and x.get_device().type in QUANTIZING and ir.realized_dense(x):
+        together = Problem.of(x, None, None, *weight, symmetric=x_zero is None)
+        found = QUANTIZING[x.get_device().type](together, lambda: _choose(apart()))
+        if found is not None:
+            return _finish(together, *found)
+    return _lower(apart())
 
 
 def _linear_grad(grad: Any, w: Any, scale: Any, zero: Any, *key: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aoquant_inductor import _inductor_choices as inductor
@@ -9,17 +10,30 @@ from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates import KERNELS, Config, Kernel
+from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel
 
 
 def linear(p: Problem) -> tuple[str, Any] | None:
     """(kernel name, y[M, N]), or None: the portable lowering is the better default, or the only one."""
+    return _linear(p, KERNELS, inductor.Reference(p.call, lambda: portable.linear(p)))
+
+
+def quantizing(p: Problem, apart: Callable[[], tuple[str, Any]]) -> tuple[str, Any] | None:
+    """(kernel name, y[M, N]) of an x that is not quantized yet, or None: no kernel does both. `apart` builds the two as two
+    kernels, which a search measures with the default of the second.
+    """
+    return _linear(p, QUANTIZING, inductor.Reference(p.call, apart, portable=False))
+
+
+def _linear(p: Problem, known: Sequence[Kernel], reference: inductor.Reference) -> tuple[str, Any] | None:
     if ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
         return None
     card = Card.of(p.device)
-    kernels = [kernel for kernel in KERNELS if kernel.fits(p, card)]
+    kernels = [kernel for kernel in known if kernel.fits(p, card)]
+    if not kernels:
+        return None
     if ir.searching():
-        return _select(p, search(p, card, kernels), [inductor.Reference(p.call, lambda: portable.linear(p))])
+        return _select(p, search(p, card, kernels), [reference])
     found = default(p, card, kernels)
     return found and _select(p, [found])
 

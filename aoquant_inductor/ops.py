@@ -28,7 +28,7 @@ _define("linear_grad", f"(Tensor grad, Tensor w, Tensor w_scale, Tensor? w_zero,
 _define(
     "linear_dynamic",
     "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? w_sums, "
-    f"Tensor? bias, {_WEIGHT}, ScalarType out_dtype) -> Tensor",
+    f"Tensor? bias, {_WEIGHT}, ScalarType out_dtype, *, Tensor? x=None) -> Tensor",
 )
 
 
@@ -73,12 +73,12 @@ def linear_dynamic(
     w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, w_sums: torch.Tensor | None,
     bias: torch.Tensor | None,
     in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, *, x: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(x_q[..., K] int8, x_scale[..., 1], x_zero[..., 1], w packed, w_scale[G, N], ...) -> y[..., N]; exact integer sums.
 
     y = x_scale * (x_q - x_zero) . dequantize(w) + bias. w_sums[1, N] is what x_zero multiplies: sum_k w_q where G = 1, else
-    sum_k w_q * w_scale.
+    sum_k w_q * w_scale. x[..., K], where it is given, is what was quantized, for a kernel that does it itself.
     """
     q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
     g = group_size or max(in_features, 1)
@@ -129,5 +129,5 @@ def _(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Ten
 def _(x_q: torch.Tensor, x_scale: torch.Tensor, x_zero: torch.Tensor | None, w: torch.Tensor, w_scale: torch.Tensor,
       w_zero: torch.Tensor | None, w_sums: torch.Tensor | None, bias: torch.Tensor | None,
       in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
-      out_dtype: torch.dtype) -> torch.Tensor:
+      out_dtype: torch.dtype, *, x: torch.Tensor | None = None) -> torch.Tensor:
     return x_q.new_empty((*x_q.shape[:-1], out_features), dtype=out_dtype)

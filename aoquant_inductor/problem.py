@@ -17,6 +17,8 @@ from aoquant_inductor.scheme import DTYPES
 class Problem:
     """x[M, K] (int8 with x_scale[M, 1], x_zero[M, 1] when dynamic), the packed weight, bias[N] -> y[M, N] in out_dtype.
 
+    symmetric: x is floating and quantized per token by the kernel itself, like this; None: it is not.
+
     Of a backward x is grad[M, N], and the result grad_x[M, K].
     """
 
@@ -33,11 +35,12 @@ class Problem:
     leading: tuple[Any, ...]
     m: Any
     device: torch.device
+    symmetric: bool | None = None
 
     @classmethod
     def of(
         cls, x: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, sums: Any, bias: Any,
-        key: Sequence[Any], out_dtype: torch.dtype,
+        key: Sequence[Any], out_dtype: torch.dtype, symmetric: bool | None = None,
     ) -> Problem:
         # before any view of it: what reads a view of an unrealized node gets a copy of its own, one per linear
         for node in (x, x_scale, x_zero):
@@ -48,7 +51,7 @@ class Problem:
         rows = lambda t: None if t is None else ir.view(t, [m, 1])  # noqa: E731
         return cls(
             ir.view(x, [m, x.get_size()[-1]]), rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
-            leading, m, x.get_device(),
+            leading, m, x.get_device(), symmetric,
         )
 
     @property
@@ -82,12 +85,12 @@ class Problem:
 
     @property
     def dynamic(self) -> bool:
-        return self.x_scale is not None
+        return self.x_scale is not None or self.symmetric is not None
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The nodes that this problem has, by their names in every kernel (templates/common.jinja)."""
-        sums = None if self.x_zero is None else self.sums
+        sums = None if self.x_zero is None and self.symmetric is not False else self.sums
         named = {
             "X": self.x, "W": self.w, "WS": self.scale, "XS": self.x_scale, "XZ": self.x_zero, "WSUM": sums,
             "WZ": self.zero, "BIAS": self.bias,
@@ -100,7 +103,8 @@ class Problem:
         weight = (t["W"], t["WS"], t.get("WZ"))
         op = torch.ops.aoquant
         if self.dynamic:
-            left = (t["X"], t["XS"], t.get("XZ"))
+            quantize = {None: None, True: op.quantize_per_token, False: op.quantize_per_token_asym}[self.symmetric]
+            left = (t["X"], t["XS"], t.get("XZ")) if quantize is None else (*quantize(t["X"]), None)[:3]
             y = op.linear_dynamic(*left, *weight, t.get("WSUM"), t.get("BIAS"), *self.key, self.out_dtype)
         else:
             y = op.linear_wo(t["X"], *weight, t.get("BIAS"), *self.key)

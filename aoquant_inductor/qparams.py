@@ -199,7 +199,8 @@ def dequantize(
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x[..., K] -> x_q[..., K] int8 in -127..127, x_scale[..., 1] fp32; x ~ x_q * x_scale."""
     values = x.float()
-    scale = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(SCALE_FLOOR)
+    # a product, which is what eager CUDA and Inductor make of a division by a constant: the same codes everywhere
+    scale = (values.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(SCALE_FLOOR)
     # one division for a row: an element's own would cost a kernel more than its bytes do
     return (values * (1 / scale)).round().clamp(-127, 127).to(torch.int8), scale
 
@@ -209,7 +210,7 @@ def quantize_per_token_asym(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     values = x.float()
     low = values.amin(-1, keepdim=True).clamp_max(0)
     high = values.amax(-1, keepdim=True).clamp_min(0)
-    scale = (high / 255 - low / 255).clamp_min(SCALE_FLOOR)
+    scale = (high * (1 / 255) - low * (1 / 255)).clamp_min(SCALE_FLOOR)
     inverse = 1 / scale
     zero = (-128 - (low * inverse).round()).clamp(-128, 127)
     return ((values * inverse).round() + zero).clamp(-128, 127).to(torch.int8), scale, zero.to(torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -98,6 +99,12 @@ class Site:
         return packing.choose(self.scheme, self.value.device, self.out_dtype, self.value.shape)
 
     @property
+    def rows(self) -> int | None:
+        """M of x[..., K] where it is known."""
+        leading = self.x.meta["example_value"].shape[:-1]
+        return math.prod(leading) if all(isinstance(size, int) for size in leading) else None
+
+    @property
     def key(self) -> WeightKey | None:
         """What the op that serves it is told about its weight."""
         return None if self.launch is None else self.launch.key
@@ -192,7 +199,7 @@ def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = Fals
         x, bias = env[site.x], None if site.bias is None else env[site.bias]
         if site.x.meta["example_value"].dtype != site.out_dtype:  # autocast
             x = graph.call_method("to", (x, site.out_dtype))
-        pattern, rest = PATTERNS[site.scheme.pattern], (site.scheme, site.out_dtype, shared)
+        pattern, rest = PATTERNS[site.scheme.pattern], (site.scheme, site.out_dtype, shared, site.rows)
         if pack.packed is site.packed:
             if not differentiable:
                 return pattern(graph, x, pack, bias, *rest)

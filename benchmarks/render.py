@@ -27,8 +27,13 @@ Tensors = dict[str, torch.Tensor]
 Op = Callable[[dict[str, Any]], torch.Tensor]
 
 
-def linear(p: Packed, x: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme) -> tuple[Op, Tensors]:
-    """(the op as a function of tensors by name, those tensors) of y[M, N] = linear(x[M, K], p, bias)."""
+def linear(
+    p: Packed, x: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, quantizing: bool = False
+) -> tuple[Op, Tensors]:
+    """(the op as a function of tensors by name, those tensors) of y[M, N] = linear(x[M, K], p, bias).
+
+    quantizing: x is quantized in the op, not before; the op is told it.
+    """
     weight = {"w": p.w, "scale": p.scale, "zero": p.zero, "sums": p.sums, "bias": bias}
     named: dict[str, torch.Tensor | None]
     if scheme.activation is None:
@@ -36,10 +41,16 @@ def linear(p: Packed, x: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme
         op: Op = lambda t: torch.ops.aoquant.linear_wo(t["x"], t["w"], t["scale"], t["zero"], t["bias"], *p.key)  # noqa: E731
     else:
         quantize = qparams.quantize_per_token if scheme.activation.symmetric else qparams.quantize_per_token_asym
-        named = dict(zip(("x", "x_scale", "x_zero"), (*quantize(x), None), strict=False)) | weight
-        op = lambda t: torch.ops.aoquant.linear_dynamic(  # noqa: E731
-            t["x"], t["x_scale"], t["x_zero"], t["w"], t["scale"], t["zero"], t["sums"], t["bias"], *p.key, x.dtype
-        )
+        given = (x,) if quantizing else quantize(x)
+        named = dict(zip(("x", "x_scale", "x_zero"), (*given, None, None), strict=False)) | weight
+
+        def op(t: Tensors) -> torch.Tensor:
+            left = (*quantize(t["x"]), None)[:3] if quantizing else (t["x"], t["x_scale"], t["x_zero"])
+            told = {"x": t["x"]} if quantizing else {}
+            return torch.ops.aoquant.linear_dynamic(
+                *left, t["w"], t["scale"], t["zero"], t["sums"], t["bias"], *p.key, x.dtype, **told
+            )
+
     present = {name: t for name, t in named.items() if t is not None}
     return lambda t: op({**dict.fromkeys(named), **t}), present
 

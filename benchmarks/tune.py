@@ -30,7 +30,7 @@ from aoquant_inductor import packing
 from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import resolve
-from aoquant_inductor.templates import KERNELS, Config
+from aoquant_inductor.templates import KERNELS, QUANTIZING, Config
 from benchmarks import measure, render, shapes
 
 COLD_BYTES = 320e6
@@ -43,6 +43,7 @@ class Problem:
     n: int
     k: int
     m: int
+    quantizing: bool = False
 
     def operands(self, device: str) -> tuple[render.Op, render.Tensors]:
         """Integers as values: every sum below 2**24 is exact in fp32, and the equality of two results means something."""
@@ -58,8 +59,9 @@ class Problem:
         layout = packing.choose(scheme, torch.device("cuda", 0), torch.bfloat16, (self.n, self.k))
         p = packing.pack(Quantized(w_q, scale, zero, spec, empty, empty), scheme, layout)
         x = torch.randint(-7, 8, (self.m, self.k), device=device).to(torch.bfloat16)
-        op, tensors = render.linear(p, x, None, scheme)
-        if scheme.activation is not None:
+        x[:, 0] = 127  # a scale of 1 where it is quantized
+        op, tensors = render.linear(p, x, None, scheme, self.quantizing)
+        if scheme.activation is not None and not self.quantizing:
             tensors["x"].random_(-128, 128)
             tensors["x_scale"].fill_(1)
         return op, tensors
@@ -96,7 +98,7 @@ def _build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built
 def _render(op: render.Op, tensors: render.Tensors, kernel: str, config: Config) -> render.Rendered:
     """By the first kernel of this template that fits the problem."""
     errors = []
-    for candidate in (k for k in reversed(KERNELS) if k.template == kernel):
+    for candidate in (k for k in reversed((*KERNELS, *QUANTIZING)) if k.template == kernel):
         try:
             return render.render(op, tensors, (candidate, config))
         except Exception as error:  # Inductor wraps what a lowering raises
@@ -177,7 +179,8 @@ def _time(calls: Sequence[Any], reps: int = 7) -> float:
 
 
 def _own(problem: Problem) -> Space:
-    return {k.template: [c for same in KERNELS if same.template == k.template for c in same.configs] for k in KERNELS}
+    ours = QUANTIZING if problem.quantizing else KERNELS
+    return {k.template: [c for same in ours if same.template == k.template for c in same.configs] for k in ours}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--schemes", default="int8wo,int8dq")
     p.add_argument("--shapes", default=",".join(shapes.DEFAULT_SHAPES["cuda"]), help="comma-separated NxK or names")
     p.add_argument("--m", default="1,16,64,256,1024,4096")
+    p.add_argument("--quantizing", action="store_true", help="kernels that quantize x themselves, for int8dq and few rows")
     p.add_argument("--space", type=Path, help="Python that defines SPACE(problem) -> kernel name -> configs")
     p.add_argument("--best", type=int, default=4, help="configs printed per problem")
     p.add_argument("--csv", type=Path)
@@ -192,7 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     space = runpy.run_path(str(args.space))["SPACE"] if args.space else _own
     ms = [int(m) for m in args.m.split(",")]
-    problems = [Problem(s, *shape, m) for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in ms]
+    problems = [
+        Problem(s, *shape, m, args.quantizing)
+        for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in ms
+    ]
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory() as folder,

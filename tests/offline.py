@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,23 +88,27 @@ def pretended_gpu(arch: int = 90) -> Iterator[None]:
         yield
 
 
-def _operands(scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+def _operands(
+    scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, quantizing: bool = False
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """(the op as a function of tensors by name, real tensors) for one linear on the CPU."""
     choice = SCHEMES[scheme]
     weight = torch.randn(n, k).to(dtype)
     layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
     p = packing.pack(qparams.quantize(weight, choice.weight), choice, layout)
     x = torch.randn(m, k).to(dtype)
-    return render_module.linear(p, x, torch.randn(n).to(dtype) if bias else None, choice)
+    return render_module.linear(p, x, torch.randn(n).to(dtype) if bias else None, choice, quantizing)
 
 
 def render(
     scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
-    config: tuple[Kernel, Config] | None = None,
+    config: tuple[Kernel, Config] | None = None, quantizing: bool = False,
 ) -> Rendered:
-    """One linear with real CPU operands and the reference's result; `config`: the kernel and config to take, not the default."""
+    """One linear with real CPU operands and the reference's result; `config`: the kernel and config to take, not the default;
+    `quantizing`: its x is not quantized yet.
+    """
     with pretended_gpu(arch):
-        call, tensors = _operands(scheme, m, n, k, dtype, bias)
+        call, tensors = _operands(scheme, m, n, k, dtype, bias, quantizing)
     with pretended_gpu(arch):
         return render_module.render(call, tensors, config)
 
@@ -144,27 +148,62 @@ def render_grad(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> tupl
         return render_module.render(op, tensors), layout
 
 
-def render_gated(scheme: str, m: int, n: int, k: int) -> Rendered:
-    """silu(a(h)) * b(h) + residual of h = RMSNorm(x), as a graph of quantize_per_token and two linears."""
+def _packs(scheme: str, n: int, k: int, count: int) -> tuple[list[packing.Packed], dict[str, torch.Tensor]]:
+    """Random weights, and their tensors by name and number."""
     choice = SCHEMES[scheme]
-    assert choice.activation is not None
     with pretended_gpu():
         layout = packing.choose(choice, torch.device("cuda", 0), torch.bfloat16, (n, k))
-    packs = [packing.pack(qparams.quantize(torch.randn(n, k).bfloat16(), choice.weight), choice, layout) for _ in range(2)]
-    tensors = {"x": torch.randn(m, k).bfloat16(), "residual": torch.randn(m, n).bfloat16()}
-    for i, p in enumerate(packs):
-        tensors |= {f"{name}{i}": t for name, t in (("w", p.w), ("scale", p.scale), ("sums", p.sums)) if t is not None}
-    quantize = qparams.quantize_per_token if choice.activation.symmetric else qparams.quantize_per_token_asym
+    packs = [packing.pack(qparams.quantize(torch.randn(n, k).bfloat16(), choice.weight), choice, layout) for _ in range(count)]
+    named = [(f"{name}{i}", t) for i, p in enumerate(packs) for name, t in (("w", p.w), ("scale", p.scale), ("sums", p.sums))]
+    return packs, {name: t for name, t in named if t is not None}
+
+
+def _dynamic(t: dict[str, Any], i: int, p: packing.Packed, left: tuple[Any, ...], **told: Any) -> torch.Tensor:
+    weight = (t[f"w{i}"], t[f"scale{i}"], None, t.get(f"sums{i}"))
+    return torch.ops.aoquant.linear_dynamic(*left, *weight, None, *p.key, torch.bfloat16, **told)
+
+
+def _quantize(scheme: str, x: torch.Tensor) -> tuple[Any, ...]:
+    activation = SCHEMES[scheme].activation
+    assert activation is not None
+    return (*(qparams.quantize_per_token if activation.symmetric else qparams.quantize_per_token_asym)(x), None)[:3]
+
+
+def render_chain(
+    scheme: str, x: torch.Tensor, count: int, told: bool = True, patches: dict[str, Any] | None = None,
+    of: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> Rendered:
+    """relu(linear(...)) of of(x)[..., N], `count` times, each N x N and told its x."""
+    width = of(x).shape[-1]
+    packs, weights = _packs(scheme, width, width, count)
+
+    def op(t: dict[str, Any]) -> torch.Tensor:
+        x = of(t["x"])
+        for i, p in enumerate(packs):
+            x = _dynamic(t, i, p, _quantize(scheme, x), **({"x": x} if told else {})).relu()
+        return x
+
+    from torch._inductor import config
+
+    with pretended_gpu(), config.patch(patches or {}):
+        return render_module.render(op, {"x": x, **weights})
+
+
+def launches(code: str) -> list[str]:
+    """The kinds of the kernels that a rendered module calls, in order: tem for ours."""
+    return re.findall(r"^ *triton_([a-z]+)_\w+\.run\(", code, re.M)
+
+
+def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Rendered:
+    """silu(a(h)) * b(h) + residual of h = RMSNorm(x), as a graph of quantize_per_token and two linears."""
+    packs, weights = _packs(scheme, n, k, 2)
+    tensors = {"x": torch.randn(m, k).bfloat16(), "residual": torch.randn(m, n).bfloat16(), **weights}
 
     def op(t: dict[str, Any]) -> torch.Tensor:
         x = t["x"].float()
-        left = (*quantize((x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()), None)[:3]
-        a, b = (
-            torch.ops.aoquant.linear_dynamic(
-                *left, t[f"w{i}"], t[f"scale{i}"], None, t.get(f"sums{i}"), None, *p.key, torch.bfloat16
-            )
-            for i, p in enumerate(packs)
-        )
+        h = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
+        left = _quantize(scheme, h)
+        a, b = (_dynamic(t, i, p, left, **({"x": h} if told else {})) for i, p in enumerate(packs))
         return torch.nn.functional.silu(a) * b + t["residual"]
 
     with pretended_gpu():

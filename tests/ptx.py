@@ -1,4 +1,5 @@
-"""Triton's interpreter, taught what our bf16 kernels need of it: inline assembly, bf16 in tl.dot, and rounding to bf16.
+"""Triton's interpreter, taught what our kernels need of it: inline assembly, bf16 in tl.dot, rounding to bf16, and an fma that
+rounds once.
 
 The assembly is run statement by statement on arrays of 32-bit registers; what it does not know is an error.
 """
@@ -50,10 +51,15 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return out
 
 
+def _dp4a(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    left, right = (np.ascontiguousarray(t).view(np.int8).reshape(*t.shape, 4).astype(np.int32) for t in (a, b))
+    return ((left * right).sum(-1, dtype=np.int32) + c.view(np.int32)).view(np.uint32)
+
+
 OPS = {
     "mov.b32": lambda a: a, "mov.b16": lambda a: a, "shr.u32": lambda a, n: a >> n, "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b, "xor.b32": lambda a, b: a ^ b, "sub.u32": lambda a, b: a - b, "lop3.b32": _lop3,
-    "fma.rn.bf16x2": _fma_bf16x2, "prmt.b32": _prmt,
+    "fma.rn.bf16x2": _fma_bf16x2, "prmt.b32": _prmt, "dp4a.s32.s32": _dp4a,
 }
 
 
@@ -121,4 +127,9 @@ def teach() -> None:
             return handle(_bf16(source.data).astype(np.uint16), kind.scalar)
         return cast(self, source, kind)
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        a, b, c = (t.data.astype(np.float64) for t in (x, y, z))
+        return handle((a * b + c).astype(np.float32), z.dtype.scalar)
+
+    builder.create_fma = create_fma
     builder.create_dot, builder.cast_impl, builder.create_inline_asm = create_dot, cast_impl, create_inline_asm

@@ -120,7 +120,9 @@ def test_opcheck_of_weight_only(name: str, layout: str) -> None:
 
 @with_layouts(["int8dq", "int8dq-int4w-32-asym-asymact"])
 def test_opcheck_of_dynamic(name: str, layout: str) -> None:
-    torch.library.opcheck(aoquant.linear_dynamic.default, dq_args(name, layout, BF16)[0])
+    args = dq_args(name, layout, BF16)[0]
+    torch.library.opcheck(aoquant.linear_dynamic.default, args)
+    torch.library.opcheck(aoquant.linear_dynamic.default, args, {"x": torch.randn(5, K, dtype=BF16)})
 
 
 def test_opcheck_of_activations() -> None:

@@ -10,6 +10,7 @@ from util import BF16, Graph, assert_counts, compiled, run, tokens
 
 import aoquant_inductor
 from aoquant_inductor import packing_cpu
+from aoquant_inductor.patterns import dynamic
 
 
 @pytest.fixture
@@ -150,3 +151,18 @@ def test_weights_of_one_name_are_what_autocast_makes_of_them() -> None:
     report = aoquant_inductor.report(function)
     assert_counts(report, 1)
     assert report.layers[0].sqnr_db > 40
+
+
+@pytest.mark.parametrize(("m", "told"), [(1, True), (4, True), (5, False)])
+def test_few_rows_tell_the_op_what_was_quantized(m: int, told: bool, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel may quantize by itself; here none does, and nothing changes."""
+    model, x = QKV().eval(), tokens(m)
+    _, want, _ = run(model, x, schemes="int8dq")
+    assert "x = " not in graphs[0].code
+    torch.compiler.reset()
+    monkeypatch.setitem(dynamic.TOLD_ROWS, "cpu", 4)
+    _, got, report = run(model, x, schemes="int8dq", dynamic=False)
+    assert_counts(report, 4)
+    assert [graphs[1].code.count(f"x = {name}") for name in ("l_x_", "linear_dynamic_default")] == [3 * told, 1 * told]
+    assert graphs[1].code.count("aoquant.quantize_per_token") == 2
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -14,7 +14,7 @@ from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor.card import UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import KERNELS, Config, Kernel
+from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel
 from aoquant_inductor.templates.kernel import MAX_SPLIT
 
 H100 = Card(90, 132, 232448, (12, 8))
@@ -35,22 +35,24 @@ class Node:
         return self.dtype
 
 
-def problem(scheme: str, n: int, k: int, m: int, card: Card = H100) -> Problem:
+def problem(scheme: str, n: int, k: int, m: int, card: Card = H100, quantizing: bool = False) -> Problem:
     choice, bf16 = SCHEMES[scheme], torch.bfloat16
     group, dynamic, int4 = choice.weight.group_size or 0, choice.activation is not None, choice.weight.bits == 4
     if int4:
         layout, w = "cuda_int8" if dynamic else "cuda_bf16", Node((n // 8, k // 128, 8, 16), torch.int32)
     else:
         layout, w = "wgmma" if not dynamic and card.arch == 90 and k % 64 == 0 else "plain", Node((n, k), torch.int8)
+    symmetric = choice.activation.symmetric if choice.activation is not None and quantizing else None
     row, scale = Node((m, 1), torch.float32), Node((k // group if group else 1, n), bf16 if group else torch.float32)
     return Problem(
-        Node((m, k), torch.int8 if dynamic else bf16), row if dynamic else None, None, w, scale, None, None, None,
-        (k, n, choice.weight.dtype, group, "int", layout), bf16, (m,), m, torch.device("cuda"),
+        Node((m, k), torch.int8 if dynamic and not quantizing else bf16), row if dynamic and not quantizing else None, None, w, scale, None, None, None,
+        (k, n, choice.weight.dtype, group, "int", layout), bf16, (m,), m, torch.device("cuda"), symmetric,
     )
 
 
 def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
-    return lowering_triton.default(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
+    known = KERNELS if p.symmetric is None else QUANTIZING
+    return lowering_triton.default(p, card, [kernel for kernel in known if kernel.fits(p, card)])
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,21 @@ def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
 def test_the_default_is_what_was_fastest(scheme: str, n: int, k: int, m: int, wanted: str | None) -> None:
     found = default(problem(scheme, n, k, m))
     assert (found and str(found[1])) == wanted
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m", "wanted"),
+    [
+        (28672, 4096, 1, "1x16x1024"), (4096, 14336, 2, "2x8x1024"), (1024, 1024, 4, "4x4x1024"), (64, 64, 1, "1x4x64"),
+        (33, 1040, 3, "4x4x1024"), (64, 64, 5, None), (64, 72, 1, None),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact"])
+def test_few_rows_are_quantized_in_the_matmul(scheme: str, n: int, k: int, m: int, wanted: str | None) -> None:
+    found = default(problem(scheme, n, k, m, quantizing=True))
+    assert (found and str(found[1])) == wanted
+    assert default(problem(scheme, n, k, m, CARDS["mi300"], quantizing=True), CARDS["mi300"]) is None
+    assert default(problem("int8dq-int4w", n, k, m, quantizing=True)) is None
 
 
 SIZES = list(itertools.product((1, 7, 896, 4096, 28672), (1, 8, 65, 576, 4864, 14336), (1, 3, 17, 100, 5000)))

@@ -1,6 +1,6 @@
 """Dynamic int8 activations: linear(x, w, b) -> quantize_per_token(x), then aoquant.linear_dynamic with both scales.
 
-Linears that read the same activation share one quantization.
+Linears that read the same activation share one quantization. For the few rows of a decode the op is told x as well.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from aoquant_inductor import ops  # noqa: F401  (defines torch.ops.aoquant)
 from aoquant_inductor.patterns.site import PackNodes, Shared
 from aoquant_inductor.scheme import Scheme
 
+TOLD_ROWS = {"cuda": 4}
+"""device type -> up to this M a kernel may quantize x itself (templates/gemv.py), which saves a launch. With more rows each of
+its programs would do too much over again; there the quantization fuses into what makes x.
+"""
+
 
 def emit(
     graph: fx.Graph, x: fx.Node, pack: PackNodes, bias: fx.Node | None, scheme: Scheme, out_dtype: torch.dtype,
-    shared: Shared,
+    shared: Shared, rows: int | None,
 ) -> fx.Node:
     """Nodes for one linear at the graph's insertion point; returns the node of y."""
     symmetric = scheme.activation is not None and scheme.activation.symmetric
@@ -28,7 +33,9 @@ def emit(
         parts = [graph.call_function(operator.getitem, (quantized, i)) for i in range(2 if symmetric else 3)]
         shared[key] = (*parts, *[None] * (3 - len(parts)))
     x_q, x_scale, x_zero = shared[key]
+    told = rows is not None and rows <= TOLD_ROWS.get(pack.packed.w.device.type, 0)
     return graph.call_function(
         torch.ops.aoquant.linear_dynamic.default,
         (x_q, x_scale, x_zero, pack.w, pack.scale, pack.zero, pack.sums, bias, *pack.weight_args, out_dtype),
+        {"x": x} if told else {},
     )

@@ -12,7 +12,7 @@ from aoquant_inductor.scheme import Scheme
 
 def emit(
     graph: fx.Graph, x: fx.Node, pack: PackNodes, bias: fx.Node | None, scheme: Scheme, out_dtype: torch.dtype,
-    shared: Shared,
+    shared: Shared, rows: int | None,
 ) -> fx.Node:
     """Nodes for one linear at the graph's insertion point; returns the node of y."""
     return graph.call_function(

@@ -9,5 +9,7 @@ from aoquant_inductor.templates import gemv, int4, linear
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
 KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, *int4.KERNELS, linear.INT8_DYNAMIC, linear.INT8_WEIGHT_ONLY, linear.GENERAL)
+QUANTIZING: tuple[Kernel, ...] = (gemv.DYNAMIC,)
+"""Those that quantize x themselves; none fits all."""
 
-__all__ = ["KERNELS", "Config", "Default", "Kernel"]
+__all__ = ["KERNELS", "QUANTIZING", "Config", "Default", "Kernel"]

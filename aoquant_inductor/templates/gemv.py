@@ -1,4 +1,4 @@
-"""gemv.py.jinja: int8 weight-only at the smallest M, by bandwidth."""
+"""gemv.py.jinja and gemv_dynamic.py.jinja: int8 weights at the smallest M, by bandwidth."""
 
 from __future__ import annotations
 
@@ -29,6 +29,24 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     return replace(config, block_m=1 << (int(p.m) - 1).bit_length())
 
 
+def _dynamic_fits(p: Problem, card: Card) -> bool:
+    m = ir.static(p.m)
+    return (
+        m is not None and m <= MOST_ROWS and p.bits == 8 and p.symmetric is not None and p.zero is None and p.groups == 1
+        and p.k % 16 == 0 and p.layout == "plain" and card.arch >= 80  # dp4a is NVIDIA's
+    )
+
+
+def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
+    return _adapt(p, replace(config, block_k=max(64, min(config.block_k, 1 << (p.k - 1).bit_length()))))
+
+
+def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    # as much of x at once for its range as registers hold: its latency is what the weights wait for
+    wide = min(1 << (p.k - 1).bit_length(), (2048 if p.symmetric else 1024) * config.num_warps // config.block_m)
+    return {"ROWS": ir.static(p.m), "EVEN_K": p.k % config.block_k == 0, "SYMMETRIC": p.symmetric, "WIDE": max(64, wide)}
+
+
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     return {"ROWS": ir.static(p.m), "EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma"}
 
@@ -37,3 +55,13 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
 CONFIGS = (Config(1, 2, 2048, 2, 1), Config(1, 4, 2048, 4, 1), Config(1, 4, 1024, 2, 1), Config(1, 2, 1024, 1, 1))
 DEFAULTS = (Default(CONFIGS[0], upto=2, k=2048), Default(CONFIGS[3], upto=2))
 KERNEL = Kernel("gemv", _fits, CONFIGS, DEFAULTS, _keywords, _adapt)
+
+# Not measured yet: as many rows of W as leave every multiprocessor a few programs, since each of them quantizes x again.
+DYNAMIC_CONFIGS = tuple(
+    Config(MOST_ROWS, *tile, 1)
+    for tile in ((16, 1024, 4), (8, 1024, 4), (4, 1024, 4), (8, 2048, 4), (32, 512, 4), (16, 1024, 8), (8, 512, 2))
+)
+DYNAMIC_DEFAULTS = (
+    Default(DYNAMIC_CONFIGS[0], waves=4), Default(DYNAMIC_CONFIGS[1], waves=2), Default(DYNAMIC_CONFIGS[2]),
+)
+DYNAMIC = Kernel("gemv_dynamic", _dynamic_fits, DYNAMIC_CONFIGS, DYNAMIC_DEFAULTS, _dynamic_keywords, _dynamic_adapt)

@@ -143,7 +143,8 @@ def template(name: str) -> Any:
 
 def common_keywords(p: Problem) -> dict[str, Any]:
     """What every kernel may ask of its problem; a template's text is shaped by them."""
+    has = {f"HAS_{name}": name in p.inputs for name in ("XS", "XZ", "WSUM", "WZ", "BIAS")}
     return {
-        "BITS": p.bits, "GROUPS": p.groups, "GROUP": p.group_size, "DYNAMIC": p.dynamic, "HAS_XZ": p.x_zero is not None,
-        "HAS_WZ": p.zero is not None, "HAS_BIAS": p.bias is not None, "ZERO_POINT_INT": p.zero_point == "int",
+        "BITS": p.bits, "GROUPS": p.groups, "GROUP": p.group_size, "DYNAMIC": p.dynamic,
+        "ZERO_POINT_INT": p.zero_point == "int", **has,
     }

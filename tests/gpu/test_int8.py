@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
-from util import BF16, compiled, run
+from util import BF16, compiled, run, sqnr_db
 
 import aoquant_inductor
+from aoquant_inductor import qparams
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +55,57 @@ def test_weight_only_sums_are_exact(m: int, n: int, k: int) -> None:
     x = tokens(m, k, m, 7)
     _, y, _ = run(linear, x, schemes="int8wo")
     assert torch.equal(y, expected(x, linear))
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact"])
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_few_rows_quantize_in_the_matmul_exactly(m: int, scheme: str, mode: str | None) -> None:
+    asymmetric = scheme == "int8dq-asymact"
+    for n, k in ((33, 64), (512, 704), (1071, 2112), (64, 14336)):
+        linear = integers(n, k)
+        function = compiled(linear, scheme, dynamic=False, **({"mode": mode} if mode else {}))
+        for seed in range(5):
+            x = tokens(m, k, seed, 127)
+            if asymmetric:  # a range of 255 from zero has a scale of 1
+                x = x.abs()
+                x[:, 0] = 255
+            with torch.no_grad():
+                assert torch.equal(function(x).clone(), expected(x, linear)), (n, k, seed)
+        report = aoquant_inductor.report(function)
+        assert report.totals["quantized"] == 1
+        assert re.fullmatch(r"Triton gemv_dynamic W8A8 \S+", str(report.layers[0].kernel)), str(report)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [("int8dq", torch.bfloat16), ("int8dq", torch.float16), ("int8dq-asymact", torch.float16)]
+)
+def test_quantized_in_the_matmul_are_the_codes_of_the_definition(scheme: str, dtype: torch.dtype) -> None:
+    """A weight of ones on its diagonal: y holds the codes of x times its scale, near enough to tell them, ties among them."""
+    k = 1040
+    linear = nn.Linear(k, k, bias=False, device="cuda", dtype=dtype).eval().requires_grad_(False)
+    linear.weight.copy_(torch.eye(k))
+    x = torch.randn(4, k, device="cuda", dtype=dtype)
+    x[2] *= 30
+    x[3, 1:] = 0
+    _, y, report = run(linear, x, schemes=scheme)
+    assert "gemv_dynamic" in str(report.layers[0].kernel), str(report)
+    quantize = qparams.quantize_per_token if scheme == "int8dq" else qparams.quantize_per_token_asym
+    codes, scale, zero = (*quantize(x), 0)[:3]
+    assert torch.equal((y.float() / scale).round(), codes.float() - zero)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_chain_of_few_rows_is_one_kernel_per_linear(m: int, mode: str | None) -> None:
+    model = nn.Sequential(*(part for _ in range(5) for part in (nn.Linear(256, 256), nn.ReLU()))).to("cuda", BF16).eval()
+    x = torch.randn(m, 256, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        y, (code, *_) = run_and_get_code(compiled(model, "int8dq", **({"mode": mode} if mode else {})), x)
+        want = model(x)
+    assert re.findall(r"(triton_[a-z]+)_\w+\.run\(", code) == ["triton_tem"] * 5, code
+    assert "extern_kernels." not in re.sub(r"extern_kernels = .*|from .*", "", code)
+    assert sqnr_db(y, want) > 25
 
 
 @pytest.mark.parametrize("scheme", ["int8dq", "int8wo"])
