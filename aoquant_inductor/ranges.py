@@ -48,7 +48,7 @@ def compile_graph(
     if rows is None:
         return build(inputs, None)
     assert expr is not None
-    graphs = _Graphs(gm.graph, len(packs), expr, rows, bounds, build, note)
+    graphs = _Graphs(gm.graph, packs, expr, rows, bounds, build, note)
     graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
     return graphs.call
 
@@ -63,10 +63,10 @@ class _Graphs:
     """The Inductor graphs of one rewritten graph, by range of M; one that is missing is compiled when a call needs it."""
 
     def __init__(
-        self, graph: fx.Graph, packs: int, expr: sympy.Expr, rows: Callable[[Sequence[Any]], int], bounds: tuple[int, ...],
-        build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
+        self, graph: fx.Graph, packs: Sequence[torch.Tensor], expr: sympy.Expr, rows: Callable[[Sequence[Any]], int],
+        bounds: tuple[int, ...], build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
     ) -> None:
-        """packs: how many of the graph's inputs are. rows: inputs -> M, expr. bounds: the last M of all ranges but the last."""
+        """packs: what `build` compiles for. rows: inputs -> M, expr. bounds: the last M of all ranges but the last."""
         self.graph, self.packs, self.expr = graph, packs, expr
         self.rows, self.bounds, self.build, self.note = rows, bounds, build, note
         self.compiled: list[Compiled | None] = [None] * (len(bounds) + 1)
@@ -99,8 +99,8 @@ class _Graphs:
             return found
 
     def _compile(self, index: int, args: Sequence[Any]) -> Compiled:
-        inputs = [node.meta["example_value"] for node in self.graph.find_nodes(op="placeholder")[self.packs :]]
-        with shapes.sizes_of(self.graph, args, inputs) as guarded, lowering.recording() as kernels:
+        inputs = [node.meta["example_value"] for node in self.graph.find_nodes(op="placeholder")[len(self.packs) :]]
+        with shapes.sizes_of(self.graph, self.packs, args, inputs) as guarded, lowering.recording() as kernels:
             found = self.build(inputs, self.range(index))
             if not guarded():
                 self.note(kernels)
