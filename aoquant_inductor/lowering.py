@@ -52,12 +52,16 @@ def recording() -> Iterator[Kernels]:
         _recording.reset(token)
 
 
+def _record(key: WeightKey, name: str) -> None:
+    kernels = _recording.get()
+    if kernels is not None and not inductor.measuring():
+        kernels.setdefault(key, set()).add(name)
+
+
 def _lower(problem: Problem) -> Any:
     tries = (*(() if inductor.measuring() else BACKENDS.get(problem.device.type, ())), portable.linear)
     name, result = next(found for backend in tries if (found := backend(problem)) is not None)
-    kernels = _recording.get()
-    if kernels is not None and not inductor.measuring():
-        kernels.setdefault(problem.key, set()).add(name)
+    _record(problem.key, name)
     return ir.view(result, [*problem.leading, problem.n])
 
 
@@ -76,6 +80,13 @@ def _linear_dynamic(
 def _linear_grad(grad: Any, w: Any, scale: Any, zero: Any, *key: Any) -> Any:
     problem = Problem.of(grad, None, None, w, scale, zero, None, None, key, grad.get_dtype())
     return ir.view(portable.grad(problem), [*problem.leading, problem.k])
+
+
+def _requantize(w: Any, scale: Any, zero: Any, row: Any, *key: Any) -> Any:
+    problem = Problem.of_weight(w, scale, zero, key[:-1], torch.int8)
+    name, result = cpu.requantize(problem, row) or portable.requantize(problem, row, key[-1])
+    _record((problem.k, problem.n, "int8", 0, "int", key[-1]), name)
+    return result
 
 
 def _linear_dynamic_bf16(
@@ -103,3 +114,4 @@ def install() -> None:
     ir.register_lowering(ns.linear_wo.default, _linear_wo)
     ir.register_lowering(ns.linear_dynamic.default, _linear_dynamic)
     ir.register_lowering(ns.linear_grad.default, _linear_grad)
+    ir.register_lowering(ns.requantize.default, _requantize)

@@ -144,6 +144,18 @@ def render_grad(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> tupl
         return render_module.render(op, tensors), layout
 
 
+def render_rows(scheme: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Rendered, packing.Packed]:
+    """The weight of a scheme with large_m as int8 rows, and its pack."""
+    choice = SCHEMES[scheme]
+    with pretended_gpu():
+        layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
+    p = packing.pack(qparams.quantize(torch.randn(n, k).to(dtype), choice.weight), choice, layout)
+    tensors = {name: t for name, t in (("w", p.w), ("scale", p.scale), ("zero", p.zero), ("row", p.row)) if t is not None}
+    op = lambda t: torch.ops.aoquant.requantize(t["w"], t["scale"], t.get("zero"), t["row"], *p.key, p.int8_key[-1])  # noqa: E731
+    with pretended_gpu():
+        return render_module.render(op, tensors), p
+
+
 def render_gated(scheme: str, m: int, n: int, k: int) -> Rendered:
     """silu(a(h)) * b(h) + residual of h = RMSNorm(x), as a graph of quantize_per_token and two linears."""
     choice = SCHEMES[scheme]
