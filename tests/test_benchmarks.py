@@ -169,7 +169,7 @@ def test_bench_accuracy_scores_prefills_longer_than_the_threshold(tmp_path: Path
 
     from benchmarks import bench_accuracy
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99, "initializer_range": 0.3}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16().eval()
     tokenizer = lambda text: SimpleNamespace(input_ids=[ord(c) % 99 for c in text])  # noqa: E731
     monkeypatch.setattr(bench_accuracy, "fetch", lambda: None)
