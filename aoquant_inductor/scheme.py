@@ -33,9 +33,9 @@ SYMMETRIC_QMIN: Mapping[str, int] = MappingProxyType({"int8": -127})
 GROUP_SIZES = (32, 64, 128, 256)
 QPARAMS = ("minmax",)
 LARGE_M = 256
-"""The largest M at which a scheme with `large_m` leaves its activation alone. At 28672x4096 on an H100 the kernel of int4wo-128 is
-1.04x bf16 at 256 and .81x at 512; int8 x int8 is 1.6x at both, but its weight has to be made first, for as long as bf16 takes for
-M = 140 or more.
+"""The largest M at which a scheme with `large_m` leaves its activation alone. At 28672x4096 on an H100 int4wo-128's kernel is
+1.04x bf16 at 256 and .81x at 512; int8 x int8 is 1.6x at both, but its weight has to be made first, for at least as long as
+bf16 takes for M = 140.
 """
 ZERO_POINTS: Mapping[str, tuple[bool, str]] = MappingProxyType(
     {"": (True, "int"), "asym": (False, "int"), "asymfloat": (False, "float")}
