@@ -45,10 +45,13 @@ def hint(value: Any) -> Any:
 
 
 @contextmanager
-def sizes_of(graph: fx.Graph, args: Sequence[Any], inputs: Sequence[Any]) -> Iterator[Callable[[], bool]]:
+def sizes_of(
+    graph: fx.Graph, packs: Sequence[torch.Tensor], args: Sequence[Any], inputs: Sequence[Any]
+) -> Iterator[Callable[[], bool]]:
     """Inductor compiles a graph that Dynamo is done with, as if it had been traced with these arguments' sizes.
 
-    inputs: the fake ones that Dynamo traced with.
+    packs: the graph's first arguments as it will be given them, whose sizes never change. inputs: the fake ones of the others
+    that Dynamo traced with.
 
     Yields a question: whether the compile since then asked for a guard that Dynamo cannot add any more, so that its result is
     not good for every call that the graph is.
@@ -60,6 +63,9 @@ def sizes_of(graph: fx.Graph, args: Sequence[Any], inputs: Sequence[Any]) -> Ite
     hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # renamed in torch 2.11
     values = {symbol: sympy.Integer(args[i]) for symbol, i in symbols(graph).items()}
     asked = lambda: (env.counter["ignored_backward_guard"], len(env.guards))  # noqa: E731
+    # known to the mode, and alive, while it compiles: else their sizes would be symbols where the user asked for dynamic=True
+    static = [fake.from_tensor(pack, static_shapes=True) for pack in packs]
     before = asked()
     with mock.patch.dict(hints, values), tracing(context(fake)):
         yield lambda: asked() != before
+    del static

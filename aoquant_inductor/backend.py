@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, lowering, progress, ranges, release, rewrite, siblings
+from aoquant_inductor import _inductor, emit, lowering, progress, ranges, release, rewrite, siblings
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
@@ -119,8 +119,8 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site], opts: Options, patches: Mapping[str, Any],
     frame: dynamo.Frame, journal: Log,
 ) -> Compiled:
-    rewritten = rewrite.apply(gm, sites, torch.is_grad_enabled())
-    note = journal.kernel_notes([(site.layer, site.key) for site in sites])
+    rewritten = emit.apply(gm, sites, torch.is_grad_enabled())
+    note = journal.kernel_notes([(site.layer, site.keys) for site in sites])
     identity = tuple(id(site.value) for site in rewritten.sites)
     seen = _seen.setdefault((id(frame.code), opts.key()), Seen(frame.code, set(), set()))
     place = {p: i for i, p in enumerate(gm.graph.find_nodes(op="placeholder"))}

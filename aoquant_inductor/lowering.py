@@ -62,10 +62,14 @@ def _choose(problem: Problem) -> tuple[str, Any]:
     return next(found for backend in (*ours, portable.linear) if (found := backend(problem)) is not None)
 
 
-def _finish(problem: Problem, name: str, result: Any) -> Any:
+def _record(key: WeightKey, name: str) -> None:
     kernels = _recording.get()
     if kernels is not None and inductor.measuring() is None:
-        kernels.setdefault(problem.key, set()).add(name)
+        kernels.setdefault(key, set()).add(name)
+
+
+def _finish(problem: Problem, name: str, result: Any) -> Any:
+    _record(problem.key, name)
     return ir.view(result, [*problem.leading, problem.n])
 
 
@@ -99,6 +103,13 @@ def _linear_grad(grad: Any, w: Any, scale: Any, zero: Any, *key: Any) -> Any:
     return ir.view(portable.grad(problem), [*problem.leading, problem.k])
 
 
+def _requantize(w: Any, scale: Any, zero: Any, row: Any, *key: Any) -> Any:
+    problem = Problem.of_weight(w, scale, zero, key[:-1], torch.int8)
+    name, result = cpu.requantize(problem, row) or portable.requantize(problem, row, key[-1])
+    _record((problem.k, problem.n, "int8", 0, "int", key[-1]), name)
+    return result
+
+
 def _linear_dynamic_bf16(
     x_q: Any, x_scale: Any, x_zero: Any, w: Any, scale: Any, zero: Any, bias: Any, key: Sequence[Any]
 ) -> Any:
@@ -124,3 +135,4 @@ def install() -> None:
     ir.register_lowering(ns.linear_wo.default, _linear_wo)
     ir.register_lowering(ns.linear_dynamic.default, _linear_dynamic)
     ir.register_lowering(ns.linear_grad.default, _linear_grad)
+    ir.register_lowering(ns.requantize.default, _requantize)

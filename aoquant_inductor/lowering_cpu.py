@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import packing_cpu
 from aoquant_inductor.problem import Problem
 
 HEADER = Path(__file__).parent / "templates" / "cpu_linear.h"
@@ -50,3 +51,19 @@ def linear(p: Problem) -> tuple[str, Any] | None:
     name = f"w{p.bits}_{p.layout}"
     node = ir.cpp_template(name, inputs, p.m, p.n, p.out_dtype, p.device, _preamble(), body)
     return f"C++ AVX512 {'VNNI' if p.dynamic else 'BF16' if p.x.get_dtype() == torch.bfloat16 else 'FMA'}", node
+
+
+def requantize(p: Problem, row: Any) -> tuple[str, Any] | None:
+    """(kernel name, the weight of layout "cpu_bf16" as int8 in "cpu_vnni", with the scales row[1, N])."""
+    if p.layout != "cpu_bf16" or p.k == 0 or p.n == 0:
+        return None
+    blocks, steps = -(-p.n // packing_cpu.COLUMNS), -(-p.k // packing_cpu.STEP["cpu_vnni"])
+    inputs = {"w": p.w, "scale": p.scale, "offset": p.zero, "row": row}
+    weight = f"w, scale, {_cast('float', 'offset', p.zero)}, {p.key[3]}"
+    body = (
+        f"  const int threads = (int)std::min<int64_t>({{threads}}, 1 + {p.n * p.k}LL / {THREAD_WORK});\n"
+        f"  aoquant::requantize<{p.bits}>({p.n}, {p.k}, {weight}, row, y, threads);"
+    )
+    width = packing_cpu.COLUMNS * packing_cpu.STEP["cpu_vnni"]
+    node = ir.cpp_template(f"w{p.bits}_to_int8", inputs, blocks * steps, width, torch.uint8, p.device, _preamble(), body)
+    return "C++ AVX512 to int8", ir.view(node, [blocks, steps, width])

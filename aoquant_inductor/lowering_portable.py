@@ -6,6 +6,7 @@ Dynamic: aten._int_mm with the rescale fused behind it where it can run, else ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,22 +60,31 @@ def _dense(p: Problem, dtype: torch.dtype) -> Any:
     """
     if p.layout == "cuda_bf16":
         return ir.to_dtype(int4.dense(p), dtype)
+    load = _values(p)
+    return ir.pointwise((p.n, p.k), dtype, p.device, lambda ops, index: ops.to_dtype(load(ops, index), dtype))
+
+
+def _values(p: Problem, row: Any = None) -> Callable[[Any, Any], Any]:
+    """(ops, (n, k)) -> the dequantized weight there, fp32; with row[1, N] in units of it, as qparams.to_rows."""
     q = _integers(p).make_loader()
     scale = p.scale.make_loader()
     zero = None if p.zero is None else p.zero.make_loader()
+    unit = None if row is None else row.make_loader()
 
-    def body(ops: Any, index: Any) -> Any:
+    def value(ops: Any, index: Any) -> Any:
         n, k = index
         group = (ir.floor_div(k, p.group_size), n)
         value, s = (ops.to_dtype(t, F32) for t in (q((n, k)), scale(group)))
-        if zero is not None:
-            z = ops.to_dtype(zero(group), F32)
-            value = ops.mul(ops.sub(value, z), s) if p.zero_point == "int" else ops.add(ops.mul(value, s), z)
-        else:
-            value = ops.mul(value, s)
-        return ops.to_dtype(value, dtype)
+        z = None if zero is None else ops.to_dtype(zero(group), F32)
+        if unit is not None:
+            one = ops.truediv(ops.constant(1.0, F32), unit((0, n)))
+            s = ops.mul(s, one)
+            z = z if z is None or p.zero_point == "int" else ops.mul(z, one)
+        if z is None:
+            return ops.mul(value, s)
+        return ops.mul(ops.sub(value, z), s) if p.zero_point == "int" else ops.add(ops.mul(value, s), z)
 
-    return ir.pointwise((p.n, p.k), dtype, p.device, body)
+    return value
 
 
 def _matmul(x: Any, w: Any, p: Problem, dtype: torch.dtype) -> Any:
@@ -147,3 +157,14 @@ def grad(p: Problem) -> Any:
     if p.layout.startswith("cpu_") or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
         return ir.fallback(torch.ops.aoquant.linear_grad.default, p.x, p.w, p.scale, p.zero, *p.key)
     return ir.aten(aten.mm.default, p.x, ir.realize(_dense(p, p.out_dtype)))
+
+
+def requantize(p: Problem, row: Any, layout: str) -> tuple[str, Any]:
+    """(kernel name, the weight as int8[N, K] with the scales row[1, N]), written to memory once."""
+    if p.layout == "cuda_bf16" and p.k and p.n:
+        return "Triton to int8", int4.rows(p, row)
+    if layout != "plain" or p.k == 0 or p.n == 0:
+        return "eager to int8", ir.fallback(torch.ops.aoquant.requantize.default, p.w, p.scale, p.zero, row, *p.key, layout)
+    load = _values(p, row)
+    body = lambda ops, index: ops.to_dtype(ops.round(load(ops, index)), torch.int8)  # noqa: E731
+    return "portable to int8", ir.realize(ir.pointwise((p.n, p.k), torch.int8, p.device, body))

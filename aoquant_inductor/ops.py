@@ -30,6 +30,7 @@ _define(
     "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale, Tensor? w_zero, Tensor? w_sums, "
     f"Tensor? bias, {_WEIGHT}, ScalarType out_dtype, *, Tensor? x=None) -> Tensor",
 )
+_define("requantize", f"(Tensor w, Tensor w_scale, Tensor? w_zero, Tensor row_scale, {_WEIGHT}, str to_layout) -> Tensor")
 
 
 def _unpacked(
@@ -105,12 +106,26 @@ def linear_dynamic(
     return y.to(out_dtype).reshape(*shape, out_features)
 
 
+def requantize(
+    w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, row_scale: torch.Tensor,
+    in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str, to_layout: str,
+) -> torch.Tensor:
+    """(w packed, w_scale[G, N], w_zero[G, N], row_scale[1, N] fp32) -> round(dequantize(w) / row_scale) int8 in `to_layout`.
+
+    linear_dynamic reads it as an int8 weight with the scales row_scale.
+    """
+    q, scale, zero = _unpacked(w, w_scale, w_zero, in_features, out_features, w_dtype, layout)
+    rows = qparams.to_rows(q, scale, zero, row_scale[:, :out_features], group_size or None, zero_point)
+    return packing.pack_rows(rows, to_layout)
+
+
 # Implicit: AOTAutograd traces through these two, so that Inductor fuses a row reduction and a pointwise node into the producer.
 _lib.impl("quantize_per_token", qparams.quantize_per_token, "CompositeImplicitAutograd")
 _lib.impl("quantize_per_token_asym", qparams.quantize_per_token_asym, "CompositeImplicitAutograd")
 _lib.impl("linear_wo", linear_wo, "CompositeExplicitAutograd")
 _lib.impl("linear_grad", linear_grad, "CompositeExplicitAutograd")
 _lib.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")
+_lib.impl("requantize", requantize, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::linear_grad", lib=_lib)
@@ -131,3 +146,10 @@ def _(x_q: torch.Tensor, x_scale: torch.Tensor, x_zero: torch.Tensor | None, w: 
       in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
       out_dtype: torch.dtype, *, x: torch.Tensor | None = None) -> torch.Tensor:
     return x_q.new_empty((*x_q.shape[:-1], out_features), dtype=out_dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::requantize", lib=_lib)
+def _(w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, row_scale: torch.Tensor,
+      in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
+      to_layout: str) -> torch.Tensor:
+    return packing.pack_rows(w.new_empty((out_features, in_features), dtype=torch.int8), to_layout)

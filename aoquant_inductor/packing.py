@@ -22,7 +22,7 @@ import torch
 from aoquant_inductor import packing_cpu, packing_cuda, qparams
 from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized
-from aoquant_inductor.scheme import DTYPES, Scheme
+from aoquant_inductor.scheme import DTYPES, QuantSpec, Scheme
 
 ALIGNMENT = 16  # bytes; what Inductor promises a kernel of its arguments
 
@@ -32,7 +32,10 @@ WeightKey = tuple[int, int, str, int, str, str]
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as its kernel reads it, and what the op must be told; `zero_point` is the convention of `zero`."""
+    """A weight as its kernel reads it, and what the op must be told; `zero_point` is the convention of `zero`.
+
+    row[1, N], of a scheme with large_m: the scale of each row when the weight becomes int8 in the layout `int8_layout`.
+    """
 
     w: torch.Tensor
     scale: torch.Tensor
@@ -43,14 +46,24 @@ class Packed:
     group_size: int
     zero_point: str
     layout: str
+    row: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        return self.w, self.scale, self.zero, self.sums, self.row
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(t for t in (self.w, self.scale, self.zero, self.sums) if t is not None)
+        return tuple(t for t in self.parts if t is not None)
 
     @property
     def key(self) -> WeightKey:
         return (self.shape[1], self.shape[0], self.w_dtype, self.group_size, self.zero_point, self.layout)
+
+    @property
+    def int8_key(self) -> WeightKey:
+        """Of what requantize makes of it."""
+        return (self.shape[1], self.shape[0], "int8", 0, "int", LAYOUTS[self.layout].int8_layout)
 
     @property
     def nbytes(self) -> int:
@@ -64,12 +77,15 @@ class Packed:
 
 @dataclass(frozen=True)
 class Layout:
-    """rows: weights whose N are multiples of it lie side by side in one pack, w along its first axis."""
+    """rows: weights whose N are multiples of it lie side by side in one pack, w along its first axis. int8_layout: that of int8
+    weights for int8 activations, on the devices that have this one.
+    """
 
     pack: Callable[[Quantized, bool], Packed]
     unpack: Callable[[torch.Tensor, int, int, str], torch.Tensor]
     rows: int
     bits: tuple[int, ...] = (4, 8)
+    int8_layout: str = "plain"
 
 
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
@@ -127,7 +143,7 @@ def _cpu(kind: str) -> Layout:
     def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
         return packing_cpu.unpack_vnni(w, DTYPES[w_dtype][0], n, k, kind)
 
-    return Layout(pack, unpack, packing_cpu.COLUMNS)
+    return Layout(pack, unpack, packing_cpu.COLUMNS, int8_layout="cpu_vnni")
 
 
 def _cuda(kind: str) -> Layout:
@@ -175,7 +191,18 @@ def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: Sequ
 
 def pack(quantized: Quantized, scheme: Scheme, layout: str) -> Packed:
     asymmetric = scheme.activation is not None and not scheme.activation.symmetric
-    return LAYOUTS[layout].pack(quantized, asymmetric)
+    packed = LAYOUTS[layout].pack(quantized, asymmetric)
+    if scheme.large_m is None:
+        return packed
+    rows, n = LAYOUTS[LAYOUTS[layout].int8_layout].rows, quantized.w_q.shape[0]
+    return replace(packed, row=torch.nn.functional.pad(qparams.row_scale(quantized), (0, -n % rows), value=1))
+
+
+def pack_rows(w_q: torch.Tensor, layout: str) -> torch.Tensor:
+    """w_q[N, K] int8 of one scale per row -> w in `layout`."""
+    nothing = torch.zeros((), device=w_q.device)
+    scale = torch.empty(1, w_q.shape[0], device=w_q.device)
+    return LAYOUTS[layout].pack(Quantized(w_q, scale, None, QuantSpec("int8"), nothing, nothing), False).w
 
 
 def join(packs: Sequence[Packed]) -> tuple[Packed, list[Packed]] | None:
@@ -194,12 +221,12 @@ def join(packs: Sequence[Packed]) -> tuple[Packed, list[Packed]] | None:
         return whole, whole.split([t.shape[axis] for t in present], axis)
 
     w, w_parts = cat([p.w for p in packs], 0)
-    rest = [cat(tensors, 1) for tensors in zip(*((p.scale, p.zero, p.sums) for p in packs), strict=True)]
+    rest = [cat(tensors, 1) for tensors in zip(*(p.parts[1:] for p in packs), strict=True)]
 
     def like(p: Packed, n: int, *tensors: torch.Tensor | None) -> Packed:
-        w, scale, zero, sums = tensors
+        w, scale, zero, sums, row = tensors
         assert w is not None and scale is not None
-        return replace(p, w=w, scale=scale, zero=zero, sums=sums, shape=(n, p.shape[1]))
+        return replace(p, w=w, scale=scale, zero=zero, sums=sums, row=row, shape=(n, p.shape[1]))
 
     parts = zip(packs, rows, w_parts, *(views for _, views in rest), strict=True)
     joined = like(first, sum(rows), w, *(whole for whole, _ in rest)), [like(*part) for part in parts]
@@ -220,4 +247,4 @@ def packed_bytes(shape: torch.Size, dtype: torch.dtype, scheme: Scheme) -> int:
     scale = groups * n * qparams.scale_dtype(dtype, spec).itemsize
     zero = 0 if spec.symmetric else groups * n * qparams.zero_dtype(spec).itemsize
     asymmetric = scheme.activation is not None and not scheme.activation.symmetric
-    return n * -(-k * spec.bits // 8) + scale + zero + (4 * n if asymmetric else 0)
+    return n * -(-k * spec.bits // 8) + scale + zero + 4 * n * (asymmetric + (scheme.large_m is not None))

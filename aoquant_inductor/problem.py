@@ -54,6 +54,13 @@ class Problem:
             leading, m, x.get_device(), symmetric,
         )
 
+    @classmethod
+    def of_weight(cls, w: Any, scale: Any, zero: Any, key: Sequence[Any], out_dtype: torch.dtype) -> Problem:
+        """The weight[N, K] alone: it is what has M rows."""
+        return cls(
+            None, None, None, w, scale, zero, None, None, tuple(key), out_dtype, (), key[1], w.get_device()  # type: ignore[arg-type]
+        )
+
     @property
     def k(self) -> int:
         return self.key[0]

@@ -196,6 +196,30 @@ def dequantize(
     return from_grid(w_q.to(dtype), s, z, spec_zero)
 
 
+def row_scale(quantized: Quantized) -> torch.Tensor:
+    """-> row[1, N] fp32: the scale of each row with which its dequantized values, of all its groups, fit int8; where the row is
+    one group of integers, that group's own.
+    """
+    spec, scale, zero, n = quantized.spec, quantized.scale, quantized.zero, quantized.w_q.shape[0]
+    if scale.shape[0] == 1 and (zero is None or spec.zero_point == "int"):
+        return scale.float().clamp_min(SCALE_FLOOR)
+    row = torch.empty(1, n, dtype=torch.float32, device=scale.device)
+    for part in _parts(quantized.w_q):
+        z = None if zero is None else zero[:, part]
+        dense = dequantize(quantized.w_q[part], scale[:, part], z, spec.group_size, spec.zero_point)
+        row[0, part] = (dense.abs_().amax(1) / 127).clamp_min(SCALE_FLOOR)
+    return row
+
+
+def to_rows(
+    w_q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, row: torch.Tensor, group_size: int | None, spec_zero: str
+) -> torch.Tensor:
+    """(w_q[N, K], scale[G, N], zero[G, N], row[1, N]) -> int8[N, K] with the scales `row`: values in their units, rounded."""
+    one = 1 / row
+    z = zero if zero is None or spec_zero == "int" else zero.float() * one
+    return dequantize(w_q, scale.float() * one, z, group_size, spec_zero).round_().to(torch.int8)
+
+
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x[..., K] -> x_q[..., K] int8 in -127..127, x_scale[..., 1] fp32; x ~ x_q * x_scale."""
     values = x.float()

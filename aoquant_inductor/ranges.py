@@ -2,6 +2,7 @@
 
 A graph with a symbolic M holds for every M, but the tile of a kernel does not fit every M. So Inductor compiles such a graph
 again at the first call in another range of lowering.M_RANGES. Dynamo does not recompile, and a call costs one comparison.
+Where a scheme has large_m, LARGE_M ends a range on every device, and beyond it the second rewritten graph is compiled.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import fx
 from aoquant_inductor import _inductor, lowering
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import _inductor_shapes as shapes
+from aoquant_inductor.emit import Rewritten
 from aoquant_inductor.lowering import Kernels
-from aoquant_inductor.rewrite import Rewritten
+from aoquant_inductor.scheme import LARGE_M
 
 log = logging.getLogger("aoquant_inductor")
 
@@ -33,40 +34,36 @@ def compile_graph(
     rewritten: Rewritten, inputs: Sequence[Any], patches: Mapping[str, Any], constant: bool, note: Note
 ) -> Compiled:
     """Inductor over rewritten.gm(*packs, *inputs), for any M. `note` is told the kernels of the graphs that are made later."""
-    gm, packs = rewritten.gm, rewritten.packs  # not the sites: they hold the weights
+    gm, large, packs = rewritten.gm, rewritten.large, rewritten.packs  # not the sites: they hold the weights
     if rewritten.differentiable:
         # One graph for every M, since its backward is one. Both halves read the packs: inputs, not constants of one of them.
         return _inductor.compile_graph(gm, inputs, patches, packs)
 
     def build(values: Sequence[Any], within: ir.Range | None) -> Compiled:
+        graph = large if large is not None and within is not None and within.first > LARGE_M else gm
         with torch.no_grad(), ir.rows_within(within):
-            return _inductor.compile_graph(gm, values, patches, packs, constant, variant=str(within))
+            return _inductor.compile_graph(graph, values, patches, packs, constant, variant=str(within))
 
     bounds = lowering.M_RANGES.get(rewritten.sites[0].value.device.type, ())
-    expr = _rows(rewritten) if bounds else None
+    if large is not None:
+        bounds = tuple(sorted({*bounds, LARGE_M}))
+    expr = rewritten.rows if bounds else None
     rows = None if expr is None else shapes.evaluator(expr, shapes.symbols(gm.graph))
-    if rows is None:
+    if expr is None or rows is None:
         return build(inputs, None)
-    assert expr is not None
-    graphs = _Graphs(gm.graph, len(packs), expr, rows, bounds, build, note)
+    graphs = _Graphs(gm.graph, packs, expr, rows, bounds, build, note)
     graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
     return graphs.call
-
-
-def _rows(rewritten: Rewritten) -> sympy.Expr | None:
-    """The symbolic M of most linears, if there is one."""
-    found = Counter(shapes.rows(site.x.meta["example_value"]) for site in rewritten.sites)
-    return next((expr for expr, _ in found.most_common() if expr.free_symbols), None)
 
 
 class _Graphs:
     """The Inductor graphs of one rewritten graph, by range of M; one that is missing is compiled when a call needs it."""
 
     def __init__(
-        self, graph: fx.Graph, packs: int, expr: sympy.Expr, rows: Callable[[Sequence[Any]], int], bounds: tuple[int, ...],
-        build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
+        self, graph: fx.Graph, packs: Sequence[torch.Tensor], expr: sympy.Expr, rows: Callable[[Sequence[Any]], int],
+        bounds: tuple[int, ...], build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
     ) -> None:
-        """packs: how many of the graph's inputs are. rows: inputs -> M, expr. bounds: the last M of all ranges but the last."""
+        """packs: what `build` compiles for. rows: inputs -> M, expr. bounds: the last M of all ranges but the last."""
         self.graph, self.packs, self.expr = graph, packs, expr
         self.rows, self.bounds, self.build, self.note = rows, bounds, build, note
         self.compiled: list[Compiled | None] = [None] * (len(bounds) + 1)
@@ -99,8 +96,8 @@ class _Graphs:
             return found
 
     def _compile(self, index: int, args: Sequence[Any]) -> Compiled:
-        inputs = [node.meta["example_value"] for node in self.graph.find_nodes(op="placeholder")[self.packs :]]
-        with shapes.sizes_of(self.graph, args, inputs) as guarded, lowering.recording() as kernels:
+        inputs = [node.meta["example_value"] for node in self.graph.find_nodes(op="placeholder")[len(self.packs) :]]
+        with shapes.sizes_of(self.graph, self.packs, args, inputs) as guarded, lowering.recording() as kernels:
             found = self.build(inputs, self.range(index))
             if not guarded():
                 self.note(kernels)

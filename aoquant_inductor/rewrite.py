@@ -1,23 +1,22 @@
-"""The Dynamo graph -> the quantized graph; every linear seen is accounted for, with a reason where it was left."""
+"""The linears of a Dynamo graph: every one is accounted for, with its pack or a reason why it was left."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, backward, packing, qparams
 from aoquant_inductor import _inductor_dynamo as dynamo
+from aoquant_inductor import _inductor_shapes as shapes
+from aoquant_inductor import packing, qparams
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.packing import Packed, WeightKey
-from aoquant_inductor.patterns import PATTERNS
-from aoquant_inductor.patterns.site import PackNodes, Shared
 from aoquant_inductor.report import KEPT, QUANTIZED, RELEASED, SKIPPED, Layer
-from aoquant_inductor.scheme import Scheme
+from aoquant_inductor.scheme import LARGE_M, Scheme
 from aoquant_inductor.weights import STORE, Entry
 
 LINEAR = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear)))  # one object in some versions, two in others
@@ -99,15 +98,21 @@ class Site:
         return packing.choose(self.scheme, self.value.device, self.out_dtype, self.value.shape)
 
     @property
-    def rows(self) -> int | None:
-        """M of x[..., K] where it is known."""
-        leading = self.x.meta["example_value"].shape[:-1]
-        return math.prod(leading) if all(isinstance(size, int) for size in leading) else None
+    def m(self) -> sympy.Expr:
+        """The rows of x; a sympy.Integer where they are known."""
+        return shapes.rows(self.x.meta["example_value"])
 
     @property
-    def key(self) -> WeightKey | None:
-        """What the op that serves it is told about its weight."""
-        return None if self.launch is None else self.launch.key
+    def keys(self) -> tuple[WeightKey, ...]:
+        """What the ops that serve it are told about its weight."""
+        if self.launch is None:
+            return ()
+        return (self.launch.key,) if self.launch.row is None else (self.launch.key, self.launch.int8_key)
+
+    def requantized(self, many: sympy.Expr | None) -> bool:
+        """Whether its activation is quantized since its M is large, in a graph for more than LARGE_M of the symbolic `many`."""
+        large = self.scheme is not None and self.scheme.large_m is not None
+        return large and (int(self.m) > LARGE_M if isinstance(self.m, sympy.Integer) else self.m == many)
 
     def skip(self, reason: str, detail: str | None = None) -> None:
         if self.scheme is not None:
@@ -116,9 +121,9 @@ class Site:
 
     def name_kernel(self, kernels: Mapping[WeightKey, set[str]]) -> None:
         """Into the report: which kernels the lowering took for weights like this one."""
-        if self.key is not None:
-            chosen = kernels.get(self.key)
-            self.layer = replace(self.layer, kernel=", ".join(sorted(chosen)) if chosen else "as cached by Inductor")
+        chosen = {name for key in self.keys for name in kernels.get(key, ())}
+        if self.launch is not None:
+            self.layer = replace(self.layer, kernel=", ".join(sorted(chosen)) or "as cached by Inductor")
 
 
 def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Site]:
@@ -157,83 +162,3 @@ def pack(site: Site) -> None:
         site.launch = site.packed
         original = RELEASED if site.entry.released else KEPT  # by an earlier compile, or by load
         site.layer = replace(site.layer, sqnr_db=sqnr, bytes_after=site.packed.nbytes, original=original)
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """gm(*packs, *inputs that are left): `consumed` are the original's placeholders that it no longer needs."""
-
-    gm: fx.GraphModule
-    packs: list[torch.Tensor]
-    consumed: list[fx.Node]
-    units: list[list[Site]]  # the sites of each packed weight or of siblings that share a launch, in the order of the packs
-    differentiable: bool
-
-    @property
-    def sites(self) -> list[Site]:
-        return [site for unit in self.units for site in unit]
-
-
-def apply(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool = False) -> Rewritten:
-    """A rewritten copy of gm, whose first inputs are the packs; `differentiable`: with a backward for x and the biases."""
-    copy, env = _inductor.copy_graph(gm)
-    graph = copy.graph
-    first = next(iter(graph.nodes))
-    packs: list[torch.Tensor] = []
-    nodes: dict[int, PackNodes] = {}
-    units: dict[int, list[Site]] = {}
-    results: dict[int, tuple[fx.Node, int]] = {}  # of a launch for several sites, and the columns that are taken
-    shared: Shared = {}
-    detached: dict[fx.Node, fx.Node] = {}
-
-    def placeholder(value: torch.Tensor | None) -> fx.Node | None:
-        if value is None:
-            return None
-        with graph.inserting_before(first):
-            node = _inductor.static_placeholder(graph, f"aoquant_{len(packs)}", value)
-        packs.append(value)
-        return node
-
-    def emit(site: Site, pack: PackNodes) -> fx.Node:
-        assert site.scheme is not None and site.packed is not None
-        x, bias = env[site.x], None if site.bias is None else env[site.bias]
-        if site.x.meta["example_value"].dtype != site.out_dtype:  # autocast
-            x = graph.call_method("to", (x, site.out_dtype))
-        pattern, rest = PATTERNS[site.scheme.pattern], (site.scheme, site.out_dtype, shared, site.rows)
-        if pack.packed is site.packed:
-            if not differentiable:
-                return pattern(graph, x, pack, bias, *rest)
-            inner = [backward.detach(graph, t, detached) for t in (x, bias)]
-            return backward.attach(graph, pattern(graph, inner[0], pack, inner[1], *rest), (x, bias), pack)
-        y, start = results.get(id(pack.packed)) or (pattern(graph, x, pack, None, *rest), 0)
-        n = site.packed.shape[0]
-        results[id(pack.packed)] = y, start + n
-        part = graph.call_function(torch.narrow, (y, -1, start, n))
-        # contiguous, as the linear's result was where Dynamo traced what follows; Inductor inlines the copy into what reads it
-        return graph.call_method("contiguous", (part,)) if bias is None else graph.call_function(torch.add, (part, bias))
-
-    for site in sites:
-        launch = site.launch
-        if launch is None:
-            continue
-        if id(launch) not in nodes:
-            w, scale, zero, sums = (placeholder(t) for t in (launch.w, launch.scale, launch.zero, launch.sums))
-            assert w is not None and scale is not None
-            nodes[id(launch)] = PackNodes(launch, w, scale, zero, sums)
-        unit = units.setdefault(id(launch), [])
-        if launch is not site.packed or not unit:
-            unit.append(site)
-        node = env[site.node]
-        with graph.inserting_before(node):
-            y = emit(site, nodes[id(launch)])
-        y.meta.update(node.meta)
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
-        env[site.node] = y  # what later sites read
-    weights = dict.fromkeys(site.weight for site in sites if site.packed is not None)
-    consumed = [w for w in weights if not env[w].users]
-    for weight in consumed:
-        graph.erase_node(env[weight])
-    graph.lint()
-    copy.recompile()
-    return Rewritten(copy, packs, consumed, list(units.values()), differentiable)

@@ -14,7 +14,6 @@ from typing import Any
 import sympy
 import torch
 
-from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor import lowering, rewrite
 from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.rewrite import Site
@@ -55,6 +54,6 @@ def pack(group: Sequence[Site]) -> None:
 
 def one_launch(group: Sequence[Site]) -> bool:
     """Whether one launch is faster for the M of this graph; one for every M is taken for a small one."""
-    m = shapes.rows(group[0].x.meta["example_value"])
-    dynamic = group[0].scheme is not None and group[0].scheme.activation is not None
-    return dynamic or not isinstance(m, sympy.Integer) or int(m) <= MOST_ROWS
+    m, scheme = group[0].m, group[0].scheme
+    integers = scheme is not None and (scheme.activation is not None or scheme.large_m is not None)
+    return integers or not isinstance(m, sympy.Integer) or int(m) <= MOST_ROWS

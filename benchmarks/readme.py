@@ -45,6 +45,17 @@ def demo(card: str) -> str:
     return markdown(head, table) + source(rows, path)
 
 
+def accuracy(card: str) -> str:
+    path = RESULTS / f"{card}.accuracy.csv"
+    rows = newest(path, "scheme")
+    table = [
+        [row["scheme"], f"{float(row['ppl']):.3f} ({float(row['ppl_ratio']):.4f})", row["kl"], row["top1"], row["layers"]]
+        for row in rows
+    ]
+    head = ["SmolLM2-135M, inputs of 2048 tokens", "perplexity (ratio)", "KL", "top-1", "layers"]
+    return markdown(head, table) + source(rows, path)
+
+
 def host(card: str, *schemes: str) -> str:
     path = RESULTS / f"{card}.host.csv"
     rows = newest(path, "shape", "scheme", "mode")
@@ -217,7 +228,8 @@ def plots(*patterns: str) -> str:
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
-    "demo": demo, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model, "models": models,
+    "demo": demo, "accuracy": accuracy, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model,
+    "models": models,
     "first": first, "plots": plots, "losing": losing,
     "profiles": profiles,
 }

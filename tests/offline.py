@@ -90,14 +90,14 @@ def pretended_gpu(arch: int = 90) -> Iterator[None]:
 
 def _operands(
     scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, quantizing: bool = False
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(the op as a function of tensors by name, real tensors) for one linear on the CPU."""
+) -> tuple[Any, dict[str, torch.Tensor], packing.Packed]:
+    """(the op as a function of tensors by name, real tensors, its pack) for one linear on the CPU."""
     choice = SCHEMES[scheme]
     weight = torch.randn(n, k).to(dtype)
     layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
     p = packing.pack(qparams.quantize(weight, choice.weight), choice, layout)
     x = torch.randn(m, k).to(dtype)
-    return render_module.linear(p, x, torch.randn(n).to(dtype) if bias else None, choice, quantizing)
+    return (*render_module.linear(p, x, torch.randn(n).to(dtype) if bias else None, choice, quantizing), p)
 
 
 def render(
@@ -108,7 +108,7 @@ def render(
     `quantizing`: its x is not quantized yet.
     """
     with pretended_gpu(arch):
-        call, tensors = _operands(scheme, m, n, k, dtype, bias, quantizing)
+        call, tensors, _ = _operands(scheme, m, n, k, dtype, bias, quantizing)
     with pretended_gpu(arch):
         return render_module.render(call, tensors, config)
 
@@ -146,6 +146,31 @@ def render_grad(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> tupl
     op = lambda t: torch.ops.aoquant.linear_grad(t["grad"], t["w"], t["scale"], t.get("zero"), *p.key)  # noqa: E731
     with pretended_gpu():
         return render_module.render(op, tensors), layout
+
+
+def render_rows(scheme: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Rendered, packing.Packed]:
+    """The weight of a scheme with large_m as int8 rows, and its pack."""
+    with pretended_gpu():
+        p = _operands(scheme, 1, n, k, dtype, False)[2]
+    tensors = {name: t for name, t in (("w", p.w), ("scale", p.scale), ("zero", p.zero), ("row", p.row)) if t is not None}
+    op = lambda t: torch.ops.aoquant.requantize(t["w"], t["scale"], t.get("zero"), t["row"], *p.key, p.int8_key[-1])  # noqa: E731
+    with pretended_gpu():
+        return render_module.render(op, tensors), p
+
+
+def render_large(scheme: str, m: int, n: int, k: int) -> Rendered:
+    """linear(x) of a scheme with large_m as a graph writes it for many rows."""
+    with pretended_gpu():
+        p = _operands(scheme, m, n, k, torch.bfloat16, False)[2]
+    tensors = {"x": torch.randn(m, k).bfloat16(), "w": p.w, "scale": p.scale, "row": p.row}
+
+    def op(t: dict[str, Any]) -> torch.Tensor:
+        w = torch.ops.aoquant.requantize(t["w"], t["scale"], None, t["row"], *p.key, p.int8_key[-1])
+        left = (*qparams.quantize_per_token(t["x"]), None)
+        return torch.relu(torch.ops.aoquant.linear_dynamic(*left, w, t["row"], None, None, None, *p.int8_key, torch.bfloat16))
+
+    with pretended_gpu():
+        return render_module.render(op, tensors)
 
 
 def _packs(scheme: str, n: int, k: int, count: int) -> tuple[list[packing.Packed], dict[str, torch.Tensor]]:

@@ -162,6 +162,29 @@ def test_models_in_processes_of_their_own(tmp_path: Path, capsys: pytest.Capture
     assert len(file.read_text().splitlines()) == 5
 
 
+def test_bench_accuracy_scores_prefills_longer_than_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    from types import SimpleNamespace
+
+    from benchmarks import bench_accuracy
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99, "initializer_range": 0.3}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16().eval()
+    tokenizer = lambda text: SimpleNamespace(input_ids=[ord(c) % 99 for c in text])  # noqa: E731
+    monkeypatch.setattr(bench_accuracy, "fetch", lambda: None)
+    monkeypatch.setattr(bench_accuracy, "load", lambda path: (model, tokenizer))
+    monkeypatch.setattr(bench_accuracy, "LENGTH", 300)
+    argv = ["--device", "cpu", "--tokens", "300", "--schemes", "int4wo-32,int4wo-32-large8", "--results", str(tmp_path)]
+    assert bench_accuracy.main(argv) == 0
+    with (tmp_path / f"{measure.card('cpu')[0]}.accuracy.csv").open(newline="") as file:
+        base, plain, large = csv.DictReader(file)
+    assert [row["scheme"] for row in (base, plain, large)] == ["bf16", "int4wo-32", "int4wo-32-large8"]
+    assert (base["kl"], base["ppl_ratio"], plain["layers"], large["layers"]) == ("0", "1.0", "14", "14")
+    assert "to int8" in large["kernel"] and "to int8" not in plain["kernel"]
+    assert 0 < float(plain["kl"]) != float(large["kl"]) > 0
+
+
 def test_bench_memory_packs_every_linear_from_everywhere(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from benchmarks import bench_memory

@@ -55,7 +55,7 @@ class Zoo(nn.Module):
 @pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (FP16, 3), (FP32, 5)], ids=["bf16", "fp16", "fp32"])
 def test_every_scheme(dtype: torch.dtype, offset: int) -> None:
     # a cold compilation of all in all three dtypes takes minutes: fp16 and fp32 take a third of the list unless asked
-    names = list(SCHEMES)
+    names = [name for name, scheme in SCHEMES.items() if scheme.large_m is None]  # else the same at this M
     if dtype != BF16 and not os.environ.get("AOQUANT_TEST_ALL"):
         names = names[offset % 3 :: 3]
     zoo = Zoo(names, dtype, offset=offset).eval()

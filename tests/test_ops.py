@@ -108,7 +108,7 @@ def test_an_asymmetric_activation_without_sums_is_refused() -> None:
 def test_the_namespace_holds_these_ops() -> None:
     known = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     names = {name.split(".")[0] for space, name in known if space == ops.NAMESPACE}
-    assert names == {"linear_wo", "linear_dynamic", "linear_grad", "quantize_per_token", "quantize_per_token_asym"}
+    assert names == {"linear_wo", "linear_dynamic", "linear_grad", "quantize_per_token", "quantize_per_token_asym", "requantize"}
 
 
 @with_layouts(["int8wo", "int4wo-32-asym"])
@@ -123,6 +123,12 @@ def test_opcheck_of_dynamic(name: str, layout: str) -> None:
     args = dq_args(name, layout, BF16)[0]
     torch.library.opcheck(aoquant.linear_dynamic.default, args)
     torch.library.opcheck(aoquant.linear_dynamic.default, args, {"x": torch.randn(5, K, dtype=BF16)})
+
+
+@with_layouts(["int4wo-32-asym-large8", "int4wo-row-asymfloat-large8"])
+def test_opcheck_of_requantize(name: str, layout: str) -> None:
+    p, _ = weight(SCHEMES[name], layout)
+    torch.library.opcheck(aoquant.requantize.default, (p.w, p.scale, p.zero, p.row, *p.key, p.int8_key[-1]))
 
 
 def test_opcheck_of_activations() -> None:

@@ -11,7 +11,7 @@ from aoquant_inductor.packing import LAYOUTS
 from aoquant_inductor.scheme import SCHEMES, Scheme
 
 SHAPES = [(1, 1), (7, 31), (65, 33), (16, 128), (130, 257), (3, 576)]
-BY_SPEC = list({(s.weight, s.activation and s.activation.symmetric): s for s in SCHEMES.values()}.values())
+BY_SPEC = list({(s.weight, s.activation and s.activation.symmetric, s.large_m): s for s in SCHEMES.values()}.values())
 
 
 def shapes(layout: str) -> list[tuple[int, int]]:

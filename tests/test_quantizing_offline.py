@@ -86,7 +86,7 @@ def test_in_a_search_either_form_may_win(together: bool, monkeypatch: pytest.Mon
 def test_a_search_measures_both_forms_over_the_same_tensors(symmetric: bool) -> None:
     scheme = SCHEMES[not symmetric]
     with offline.pretended_gpu():
-        op, t = offline._operands(scheme, 3, 33, 64, torch.bfloat16, True, True)
+        op, t, _ = offline._operands(scheme, 3, 33, 64, torch.bfloat16, True, True)
     key = (64, 33, "int8", 0, "int", "plain")
     problem = Problem(
         t["x"], None, None, t["w"], t["scale"], None, t.get("sums"), t["bias"], key, torch.bfloat16, (3,), 3, torch.device("cpu"), symmetric

@@ -50,8 +50,8 @@ def test_each_range_has_its_kernel_and_dynamo_one_graph(graphs: list[Graph], hin
     assert_counts(report, 1)
     if instances == 1:
         assert (report.totals["graphs"], report.totals["recompiles"]) == (1, 0)
-        kernel = str(report.layers[0].kernel)
-        assert [kernel.count(f"for {m}") for m in (16, 4, 40)] == [1, 1, 1], kernel
+        kernels = str(report.layers[0].kernel).split(", ")
+        assert sorted(kernel.rpartition(" for ")[2] for kernel in kernels) == ["16", "4", "40"]
 
 
 def test_m_is_a_product_of_two_sizes(graphs: list[Graph], hints: list[int]) -> None:

@@ -23,12 +23,18 @@ DICT_VALUES: dict[str, tuple[object, ...]] = {
     "activation": (None, "int8"),
     "activation_symmetric": (True, False),
     "qparams": ("minmax",),
+    "large_m": (None, "int8"),
 }
 
 
 def test_the_names_are_these() -> None:
     names = {"int8wo", "int8dq", "int8dq-asymact", *(f"int8wo-{g}" for g in GROUPS)}
-    names |= {f"int4wo-{g}{zero}" for g in (*GROUPS, "row") for zero in ("", "-asym", "-asymfloat")}
+    names |= {
+        f"int4wo-{g}{zero}{large}"
+        for g in (*GROUPS, "row")
+        for zero in ("", "-asym", "-asymfloat")
+        for large in ("", "-large8")
+    }
     names |= {
         f"int8dq-int4w{g}{zero}{act}"
         for g in ("", *(f"-{g}" for g in GROUPS))
@@ -124,6 +130,7 @@ def test_the_dict_of_an_entry_is_the_entry(scheme: Scheme) -> None:
         "activation": scheme.activation and scheme.activation.dtype,
         "activation_symmetric": scheme.activation is None or scheme.activation.symmetric,
         "qparams": scheme.qparams,
+        "large_m": scheme.large_m,
     }
     assert resolve(form) == scheme
 
@@ -135,9 +142,10 @@ def test_every_dict_is_a_scheme_of_its_own_name_or_a_named_contradiction() -> No
         form = dict(zip(DICT_VALUES, values, strict=True))
         float_of_symmetric = form["symmetric"] and form["zero_point"] == "float"
         asymact_of_none = form["activation"] is None and not form["activation_symmetric"]
-        if float_of_symmetric or asymact_of_none:
+        large_of_other = form["large_m"] is not None and (form["weight"], form["activation"]) != ("int4", None)
+        if float_of_symmetric or asymact_of_none or large_of_other:
             refused += 1
-            with pytest.raises(OptionError, match="set "):
+            with pytest.raises(OptionError, match="set |leave "):
                 resolve(form)
             continue
         scheme = resolve(form)
@@ -148,8 +156,9 @@ def test_every_dict_is_a_scheme_of_its_own_name_or_a_named_contradiction() -> No
         assert scheme.activation == act
         assert by_name.setdefault(scheme.name, scheme) == scheme
     assert set(SCHEMES) < set(by_name)
-    assert len(by_name) == 2 * 5 * 3 * 3  # dtypes, groups, zero points, activations
-    assert refused == 2 * 6 * (4 + 3)  # a float zero point with 4 activations, else 1 of 4 with 3
+    assert len(by_name) == 2 * 5 * 3 * 3 + 5 * 3  # dtypes, groups, zero points, activations; int4wo with large_m
+    # of each of large_m's: a float zero point with 4 activations, else 1 of 4 with 3; then what large_m has no part in
+    assert refused == 2 * 2 * 6 * (4 + 3) + 6 * 3 * (3 + 2)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,7 @@ def test_every_dict_is_a_scheme_of_its_own_name_or_a_named_contradiction() -> No
     [
         ({"weight": "int8"}, "int8wo"),
         ({"weight": "int4"}, "int4wo-row"),
+        ({"weight": "int4", "group_size": 128, "large_m": "int8"}, "int4wo-128-large8"),
         ({"weight": "int8", "symmetric": False}, "int8wo-asym"),
         ({"weight": "int8", "group_size": 64, "symmetric": False}, "int8wo-64-asym"),
         ({"weight": "int8", "group_size": 32, "activation": "int8"}, "int8dq-32"),
@@ -176,7 +186,7 @@ def test_a_dict_is_called(form: dict[str, Any], name: str) -> None:
         (
             {"wieght": "int4"},
             'unknown scheme key "wieght" for "*.q" (did you mean "weight"?). Known: weight, group_size, '
-            "symmetric, zero_point, activation, activation_symmetric, qparams.",
+            "symmetric, zero_point, activation, activation_symmetric, qparams, large_m.",
         ),
         ({"group_size": 32}, 'the scheme for "*.q" has no "weight". Known: int8, int4.'),
         ({"weight": "int5x"}, '"weight" for "*.q" is "int5x" (did you mean "int8"?). Known: int8, int4.'),
@@ -201,6 +211,13 @@ def test_a_dict_is_called(form: dict[str, Any], name: str) -> None:
         (
             {"weight": "int4", "activation_symmetric": False},
             '"activation_symmetric" for "*.q" is False: set "activation" to "int8".',
+        ),
+        ({"weight": "int4", "large_m": "int4"}, '"large_m" for "*.q" is "int4" (did you mean "int8"?). Known: None, int8.'),
+        ({"weight": "int4", "large_m": 256}, '"large_m" for "*.q" is 256. Known: None, int8.'),
+        ({"weight": "int8", "large_m": "int8"}, '"large_m" for "*.q" is "int8": set "weight" to "int4".'),
+        (
+            {"weight": "int4", "activation": "int8", "large_m": "int8"},
+            '"large_m" for "*.q" is "int8": leave "activation" out, it is int8 at every M.',
         ),
     ],
 )

@@ -131,6 +131,7 @@ WORDS = [
 CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED + WORDS
 DENSE = ("int4wo-128-asym", "int4wo-row", "int4wo-row-asym", "int4wo-64-asymfloat", "int4wo-32")  # all of a weight in bf16
 CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]
+ROWS = tuple(f"int4wo-{size}-large8" for size in ("128", "32-asym", "row", "row-asym", "64-asymfloat", "256-asym", "256-asymfloat"))
 RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import pathlib, torch, offline, ptx
@@ -159,17 +160,42 @@ for scheme in {dense!r}:
     want = r.op({{**r.tensors, "x": torch.eye(300).bfloat16()}}).t()
     assert float((y - want).abs().max()) <= {one_more_rounding!r} * float(want.abs().max()) * ("row" in scheme), scheme
     print("right", scheme)
+for scheme in {rows!r}:
+    r, _ = offline.render_rows(scheme, 203, 300)
+    name, source, signature, _ = offline.kernel(r.code)
+    y = torch.full((203, 300), 99, dtype=torch.int8)
+    args, grid = offline.call(r, name, y)
+    offline.load(name, source, pathlib.Path({tmp!r}))[grid](*args)
+    assert torch.equal(y, r.expected), scheme
+    print("right", scheme)
 """
 
 
 def test_the_interpreter_agrees_with_the_reference(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    script = RUN.format(tests=str(here), root=str(here.parent), cases=CASES, tmp=str(tmp_path), dense=DENSE, one_more_rounding=2**-7)
+    script = RUN.format(tests=str(here), root=str(here.parent), cases=CASES, tmp=str(tmp_path), dense=DENSE, rows=ROWS, one_more_rounding=2**-7)
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("right") == len(CASES) + len(DENSE)
+    assert done.stdout.count("right") == len(CASES) + len(DENSE) + len(ROWS)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("scheme", ROWS)
+def test_the_int8_weight_compiles_without_spills(scheme: str, arch: int, tmp_path: Path) -> None:
+    rendered, p = offline.render_rows(scheme, 256, 2048)
+    assert p.layout == "cuda_bf16"
+    ptx = check(rendered, tmp_path, arch)
+    assert "st.global.v4.b32" in ptx, "16 values of int8 at once"
+
+
+def test_many_rows_are_three_kernels() -> None:
+    """x quantized, the weight made int8, one matmul of integers with all else in its epilogue."""
+    rendered = offline.render_large("int4wo-128-large8", 512, 2048, 1024)
+    calls = re.findall(r"(triton_\w+?)_?\d*\.run\(", rendered.code)
+    assert sorted("template" if "tem" in call else call for call in calls)[:2] == ["template", "template"], calls
+    assert len(calls) == 3 and "extern_kernels." not in rendered.code, rendered.code
 
 
 @pytest.mark.parametrize(

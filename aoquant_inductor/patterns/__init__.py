@@ -1,4 +1,7 @@
-"""scheme.pattern -> the function that writes its nodes. A new family is a file here and a value in scheme.FAMILIES."""
+"""scheme.pattern -> the function that writes its nodes; REQUANTIZED is for the many rows of a scheme with large_m.
+
+A new family is a file here and a value in scheme.FAMILIES.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from collections.abc import Callable, Mapping
 
 from torch import fx
 
-from aoquant_inductor.patterns import dynamic, weight_only
+from aoquant_inductor.patterns import dynamic, requantized, weight_only
 from aoquant_inductor.scheme import SCHEMES
 
-PATTERNS: Mapping[str, Callable[..., fx.Node]] = {"weight_only": weight_only.emit, "dynamic": dynamic.emit}
+REQUANTIZED = "requantized"
+PATTERNS: Mapping[str, Callable[..., fx.Node]] = {
+    "weight_only": weight_only.emit, "dynamic": dynamic.emit, REQUANTIZED: requantized.emit,
+}
 
-__all__ = ["PATTERNS", "SCHEMES"]
+__all__ = ["PATTERNS", "REQUANTIZED", "SCHEMES"]

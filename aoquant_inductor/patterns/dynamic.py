@@ -20,22 +20,27 @@ its programs would do too much over again; there the quantization fuses into wha
 """
 
 
+def quantized(graph: fx.Graph, x: fx.Node, symmetric: bool, shared: Shared) -> tuple[fx.Node | None, ...]:
+    """(x_q, x_scale, x_zero), made once for all that read x."""
+    key = (x, symmetric)
+    if key not in shared:
+        name = "quantize_per_token" if symmetric else "quantize_per_token_asym"
+        made = graph.call_function(getattr(torch.ops.aoquant, name).default, (x,))
+        parts = [graph.call_function(operator.getitem, (made, i)) for i in range(2 if symmetric else 3)]
+        shared[key] = (*parts, *[None] * (3 - len(parts)))
+    return shared[key]
+
+
 def emit(
     graph: fx.Graph, x: fx.Node, pack: PackNodes, bias: fx.Node | None, scheme: Scheme, out_dtype: torch.dtype,
     shared: Shared, rows: int | None,
 ) -> fx.Node:
     """Nodes for one linear at the graph's insertion point; returns the node of y."""
     symmetric = scheme.activation is not None and scheme.activation.symmetric
-    key = (x, symmetric)
-    if key not in shared:
-        name = "quantize_per_token" if symmetric else "quantize_per_token_asym"
-        quantized = graph.call_function(getattr(torch.ops.aoquant, name).default, (x,))
-        parts = [graph.call_function(operator.getitem, (quantized, i)) for i in range(2 if symmetric else 3)]
-        shared[key] = (*parts, *[None] * (3 - len(parts)))
-    x_q, x_scale, x_zero = shared[key]
+    left = quantized(graph, x, symmetric, shared)
     told = rows is not None and rows <= TOLD_ROWS.get(pack.packed.w.device.type, 0)
     return graph.call_function(
         torch.ops.aoquant.linear_dynamic.default,
-        (x_q, x_scale, x_zero, pack.w, pack.scale, pack.zero, pack.sums, bias, *pack.weight_args, out_dtype),
+        (*left, pack.w, pack.scale, pack.zero, pack.sums, bias, *pack.weight_args, out_dtype),
         {"x": x} if told else {},
     )

@@ -21,6 +21,7 @@ class PackNodes:
     scale: fx.Node
     zero: fx.Node | None
     sums: fx.Node | None
+    row: fx.Node | None
 
     @property
     def weight_args(self) -> WeightKey:

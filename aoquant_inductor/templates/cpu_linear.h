@@ -549,6 +549,52 @@ void linear_dynamic(int64_t M, int64_t N, int64_t K, const int8_t* x_q, int64_t 
   linear<I8xInt<Bits>>(p, threads);
 }
 
+// Columns n .. n + 63 of w, layout "cpu_bf16" -> to, layout "cpu_vnni" of 8 bits: round(w / row).
+template <int Bits>
+void requantize_columns(int64_t n, int64_t n_pad, int64_t K, const uint8_t* w, const float* scale, const float* offset, int64_t group, const float* row,
+                        uint8_t* to) {
+  using Decode = DecodeBF16<Bits>;
+  const Decode decode;
+  const int64_t steps = ceil_div(K, 4), G = group > 0 && group < K ? ceil_div(K, group) : 1;
+  const int64_t group_steps = G > 1 ? group / 2 : ceil_div(K, 2), from_steps = G * group_steps;
+  const __m512i byte = _mm512_set1_epi32(0xFF), high = _mm512_set1_epi32((int)0xFFFF0000), sign = _mm512_set1_epi8((char)0x80);
+  __m512 one[4], s[4], z[4];
+  for (int j = 0; j < 4; ++j) one[j] = _mm512_div_ps(splat(1.0f), _mm512_loadu_ps(row + n + 16 * j));
+  w += n / 64 * from_steps * Decode::Bytes;
+  to += n / 64 * steps * 256;
+  for (int64_t step = 0; step < 2 * steps; ++step, w += Decode::Bytes) {
+    if (step < from_steps && step % group_steps == 0)
+      for (int j = 0; j < 4; ++j) {
+        const int64_t at = step / group_steps * n_pad + n + 16 * j;
+        s[j] = _mm512_mul_ps(_mm512_loadu_ps(scale + at), one[j]);
+        z[j] = offset ? _mm512_mul_ps(_mm512_loadu_ps(offset + at), one[j]) : _mm512_setzero_ps();
+        z[j] = _mm512_fnmadd_ps(splat(Decode::Bias), s[j], z[j]);
+      }
+    __m512i b[4];
+    if (step < from_steps) decode.template pair<0>(w, b), decode.template pair<1>(w, b + 2);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      __m512i bytes = _mm512_setzero_si512();
+      if (step < from_steps) {
+        const __m512i even = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(b[j], 16)), s[j], z[j]));
+        const __m512i odd = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(b[j], high)), s[j], z[j]));
+        bytes = _mm512_or_si512(_mm512_and_si512(even, byte), _mm512_slli_epi32(_mm512_and_si512(odd, byte), 8));
+      }
+      uint8_t* const p = to + step / 2 * 256 + 64 * j;  // two steps of two make a word of four
+      const __m512i before = step % 2 ? _mm512_loadu_si512(p) : sign;
+      _mm512_storeu_si512(p, _mm512_xor_si512(before, step % 2 ? _mm512_slli_epi32(bytes, 16) : bytes));
+    }
+  }
+}
+
+// w[N, K], layout "cpu_bf16" with scale, offset, group as above -> to, layout "cpu_vnni" of 8 bits, whose scales are row[n_pad].
+template <int Bits>
+void requantize(int64_t N, int64_t K, const uint8_t* w, const float* scale, const float* offset, int64_t group, const float* row, uint8_t* to, int threads) {
+  const int64_t blocks = ceil_div(N, 64);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < blocks; ++i) requantize_columns<Bits>(64 * i, 64 * blocks, K, w, scale, offset, group, row, to);
+}
+
 }  // namespace
 }  // namespace aoquant
 

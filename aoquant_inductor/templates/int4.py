@@ -147,12 +147,22 @@ DYNAMIC_GROUPS = _dynamic(
 KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
 
 DENSE = Config(128, 128, 128, 4, 1, extra=SCALED)
+ROWS = Config(128, 128, 128, 8, 1)
 
 
 def dense(p: Problem) -> Any:
     """The dequantized weight[N, K] in bf16 of the layout "cuda_bf16", written to memory."""
-    keywords = {**common_keywords(p), **_keywords(p, DENSE), **DENSE.keywords(), "PARTS": 1, "COUNTED": False}
+    return _whole(p, "int4_dense", DENSE, torch.bfloat16)
+
+
+def rows(p: Problem, row: Any) -> Any:
+    """The weight of the layout "cuda_bf16" as int8[N, K] with the scales row[1, N], written to memory."""
+    return _whole(p, "int4_rows", ROWS, torch.int8, row)
+
+
+def _whole(p: Problem, name: str, config: Config, dtype: torch.dtype, *more: Any) -> Any:
+    keywords = {**common_keywords(p), **_keywords(p, config), **config.keywords(), "PARTS": 1, "COUNTED": False}
     keywords |= {"ROWS": p.n, "COLUMNS": p.k}
-    choice = inductor.TritonChoice("", template("int4_dense"), keywords)
-    inputs = [node for node in (p.w, p.scale, p.zero) if node is not None]
-    return inductor.select("aoquant_int4_dense", inputs, (p.n, p.k), torch.bfloat16, p.device, [choice])[1]
+    inputs = [node for node in (p.w, p.scale, p.zero, *more) if node is not None]
+    choice = inductor.TritonChoice("", template(name), keywords)
+    return inductor.select(f"aoquant_{name}", inputs, (p.n, p.k), dtype, p.device, [choice])[1]

@@ -1,0 +1,83 @@
+"""Schemes with large_m on the card: the int8 weight is the reference's, and one graph of Dynamo's serves both sides of LARGE_M."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from util import BF16, FP16, FP32, activation, assert_counts, compiled, from_pack, linear64, sqnr_db
+
+import aoquant_inductor
+from aoquant_inductor import lowering, packing, qparams
+from aoquant_inductor.scheme import LARGE_M, SCHEMES, resolve
+
+pytestmark = pytest.mark.gpu
+
+LARGE = ("int4wo-128-large8", "int4wo-32-asym-large8", "int4wo-64-asymfloat-large8", "int4wo-256-asym-large8", "int4wo-row-asym-large8")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", LARGE)
+def test_the_int8_weight_is_the_references(name: str, dtype: torch.dtype) -> None:
+    scheme = SCHEMES[name]
+    lowering.install()
+    for n, k in ((203, 300), (7, 65), (4096, 4096), (1280, 14336)):
+        weight = torch.randn(n, k, device="cuda", dtype=dtype)
+        layout = packing.choose(scheme, weight.device, dtype, weight.shape)
+        p = packing.pack(qparams.quantize(weight, scheme.weight), scheme, layout)
+        args = (p.w, p.scale, p.zero, p.row, *p.key, p.int8_key[-1])
+        torch.compiler.reset()
+        with lowering.recording() as kernels:
+            got = torch.compile(lambda args=args: torch.ops.aoquant.requantize(*args))()
+        assert kernels[p.int8_key] == {"Triton to int8" if layout == "cuda_bf16" else "portable to int8"}
+        difference = (got.int() - torch.ops.aoquant.requantize(*args).int()).abs()
+        assert difference.max() <= 1 and difference.sum() <= difference.numel() // 1000, (n, k)  # a tie may go the other way
+
+
+class Gated(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(1024, 1536, bias=False, dtype=dtype) for _ in range(2))
+        self.down = nn.Linear(1536, 1024, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+def test_one_graph_of_dynamo_serves_every_m(dtype: torch.dtype, mode: str) -> None:
+    """Two siblings in one launch and one linear alone, by both forms over the same packs."""
+    name = "int4wo-128-asym-large8"
+    model = Gated(dtype).cuda().eval()
+    function = compiled(model, name, dynamic=True, mode=mode)
+    gate, up, down = (from_pack(layer.weight, SCHEMES[name]) for layer in (model.gate, model.up, model.down))
+    for _ in range(2):
+        for m in (1, 300, 40, LARGE_M, LARGE_M + 1, 1000):
+            x = torch.randn(m, 1024, device="cuda", dtype=dtype)
+            scheme = resolve("int8dq") if m > LARGE_M else SCHEMES[name]
+            with torch.no_grad():
+                y = function(x).clone()
+            left = activation(x, scheme)
+            mid = (nn.functional.silu(left @ gate.t()) * (left @ up.t())).to(dtype)
+            # the int8 weight is 41 dB from the int4 one
+            assert sqnr_db(y, linear64(mid, model.down, scheme, down)) > (44 if m <= LARGE_M else 34), m
+    report = aoquant_inductor.report(function)
+    assert_counts(report, 3)
+    assert report.totals["graphs"] == 1
+    for layer in report.layers:
+        kernels = str(layer.kernel)
+        assert "to int8" in kernels and "W4A16" in kernels and "W8A8" in kernels, kernels
+
+
+@pytest.mark.parametrize("m", [LARGE_M, 512, 2048])
+def test_static_m(m: int) -> None:
+    name = "int4wo-128-large8"
+    linear = nn.Linear(4096, 4096, device="cuda", dtype=BF16).eval()
+    function = compiled(linear, name)
+    x = torch.randn(m, 4096, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        y = function(x)
+    w = from_pack(linear.weight, SCHEMES[name])
+    assert sqnr_db(y, linear64(x, linear, resolve("int8dq") if m > LARGE_M else SCHEMES[name], w)) > (46 if m <= LARGE_M else 38)
+    assert ("W8A8" in str(aoquant_inductor.report(function).layers[0].kernel)) == (m > LARGE_M)
