@@ -13,6 +13,7 @@ from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
 MOST_ROWS = 4
+MOST_WEIGHTS = 1 << 62
 
 
 def _fits(p: Problem, card: Card) -> bool:
@@ -33,7 +34,7 @@ def _dynamic_fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
     return (
         m is not None and m <= MOST_ROWS and p.bits == 8 and p.symmetric is not None and p.zero is None and p.groups == 1
-        and p.k % 16 == 0 and p.layout == "plain" and card.arch >= 80  # dp4a is NVIDIA's
+        and p.k % 16 == 0 and p.n * p.k <= MOST_WEIGHTS and p.layout == "plain" and card.arch >= 80  # dp4a is NVIDIA's
     )
 
 
