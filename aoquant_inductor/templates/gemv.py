@@ -13,7 +13,7 @@ from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
 MOST_ROWS = 4
-MOST_WEIGHTS = 1 << 62
+MOST_WEIGHTS = {1: 1 << 62, 2: 1 << 62, 3: 1 << 24, 4: 1 << 24}
 
 
 def _fits(p: Problem, card: Card) -> bool:
@@ -34,7 +34,7 @@ def _dynamic_fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
     return (
         m is not None and m <= MOST_ROWS and p.bits == 8 and p.symmetric is not None and p.zero is None and p.groups == 1
-        and p.k % 16 == 0 and p.n * p.k <= MOST_WEIGHTS and p.layout == "plain" and card.arch >= 80  # dp4a is NVIDIA's
+        and p.k % 16 == 0 and p.n * p.k <= MOST_WEIGHTS[max(m, 1)] and p.layout == "plain" and card.arch >= 80  # dp4a is NVIDIA's
     )
 
 
@@ -63,6 +63,7 @@ DYNAMIC_CONFIGS = tuple(
     for tile in ((16, 1024, 4), (8, 1024, 4), (4, 1024, 4), (8, 2048, 4), (32, 512, 4), (16, 1024, 8), (8, 512, 2))
 )
 DYNAMIC_DEFAULTS = (
-    Default(DYNAMIC_CONFIGS[0], waves=4), Default(DYNAMIC_CONFIGS[1], waves=2), Default(DYNAMIC_CONFIGS[2]),
+    Default(DYNAMIC_CONFIGS[3], upto=2, k=8192), Default(DYNAMIC_CONFIGS[2], upto=2),
+    Default(DYNAMIC_CONFIGS[0], waves=1), Default(DYNAMIC_CONFIGS[2]),
 )
 DYNAMIC = Kernel("gemv_dynamic", _dynamic_fits, DYNAMIC_CONFIGS, DYNAMIC_DEFAULTS, _dynamic_keywords, _dynamic_adapt)
