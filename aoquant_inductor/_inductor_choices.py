@@ -57,6 +57,10 @@ def measuring() -> Reference | None:
 def _reference(name: str, nodes: Sequence[IR], layout: Any, reference: Reference, note: Callable[[str], None]) -> Any:
     (base,) = private("torch._inductor.codegen.subgraph", "SubgraphChoiceCaller")
     (make_fx,) = private("torch.fx.experimental.proxy_tensor", "make_fx")
+    (decompositions,) = private("torch._inductor.decomposition", "select_decomp_table")
+
+    def graph_of(*tensors: torch.Tensor) -> Any:
+        return make_fx(lambda *args: (reference.call(*args),), decomposition_table=decompositions())(*tensors)
 
     class Caller(base):  # type: ignore[misc, valid-type]
         def benchmark(self, *args: Any, out: torch.Tensor) -> Any:
@@ -71,10 +75,7 @@ def _reference(name: str, nodes: Sequence[IR], layout: Any, reference: Reference
             note(label)
             return node
 
-    return Caller(
-        name=f"{name}_portable", input_nodes=nodes, layout=layout, description="",
-        make_fx_graph=lambda *tensors: make_fx(lambda *args: (reference.call(*args),))(*tensors),
-    )
+    return Caller(name=f"{name}_portable", input_nodes=nodes, layout=layout, description="", make_fx_graph=graph_of)
 
 
 def select(

@@ -91,6 +91,8 @@ def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool)
 
     def add(scheme: str, mode: str, compiled: Sequence[Compiled], kernels: str) -> None:
         found.append(Series(scheme, mode, [partial(c, x) for c in compiled], kernels))
+        for call in found[-1].calls:  # packed, and its original let go, before the next scheme's copies come
+            call()
 
     with torch.no_grad(), build.no_caches():
         for mode in (DEFAULT, SEARCH) if problem.device == "cuda" else (DEFAULT,):
@@ -98,7 +100,7 @@ def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool)
         reference = [call() for call in found[0].calls[:2]]
         for scheme in schemes:
             for mode in (DEFAULT, SEARCH) if search else (DEFAULT,):
-                quantized = partial(build.compile_quantized, scheme=scheme, mode=mode)
+                quantized = partial(build.compile_quantized, scheme=scheme, mode=mode, release=True)
                 compiled = _compile(problem, resolve(scheme).weight.bits, quantized)
                 try:
                     names = {build.kernels(c, 1, c(x), y) for c, y in zip(compiled, reference, strict=False)}
@@ -109,9 +111,6 @@ def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool)
             mode = SEARCH if problem.device == "cuda" else DEFAULT
             if peers and (peer := _peer(problem, scheme, mode)) is not None:
                 add(f"torchao {scheme}", mode, peer, "torchao")
-        for series in found:
-            for call in series.calls:
-                call()
     return found, refused
 
 

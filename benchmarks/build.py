@@ -125,8 +125,8 @@ def compile_bf16(model: nn.Module, mode: str = "default") -> Callable[..., Any]:
     return torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
 
 
-def compile_quantized(model: nn.Module, scheme: str, mode: str = "default") -> Callable[..., Any]:
-    options: dict[str, Any] = {"schemes": scheme} | ({} if mode == "default" else {"mode": mode})
+def compile_quantized(model: nn.Module, scheme: str, mode: str = "default", release: bool = False) -> Callable[..., Any]:
+    options: dict[str, Any] = {"schemes": scheme, "release_weights": release} | ({} if mode == "default" else {"mode": mode})
     return torch.compile(model, backend="aoquant", options=options, dynamic=False, fullgraph=True)
 
 

@@ -22,10 +22,10 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 )
 
 DEFAULT_SHAPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"cpu": ("cpu",), "cuda": ("llama8b-o", "llama8b-gate-up", "llama8b-down")}
+    {"cpu": ("cpu",), "cuda": tuple(name for name in SHAPES if name != "cpu")}
 )
 DEFAULT_M: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 512), "cuda": (1, 4, 16, 64, 256, 2048)}
+    {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 512), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
 )
 SCHEMES = ("int8wo", "int8dq", "int4wo-128", "int4wo-32-asym", "int8dq-int4w", "int8dq-int4w-128")
 

@@ -186,7 +186,7 @@ def _own(problem: Problem) -> Space:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--schemes", default="int8wo,int8dq")
-    p.add_argument("--shapes", default=",".join(shapes.DEFAULT_SHAPES["cuda"]), help="comma-separated NxK or names")
+    p.add_argument("--shapes", default="llama8b-o,llama8b-gate-up,llama8b-down", help="comma-separated NxK or names")
     p.add_argument("--m", default="1,16,64,256,1024,4096")
     p.add_argument("--quantizing", action="store_true", help="kernels that quantize x themselves, for int8dq and few rows")
     p.add_argument("--space", type=Path, help="Python that defines SPACE(problem) -> kernel name -> configs")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,11 +67,19 @@ def test_a_strided_x_is_not_copied_for_it() -> None:
 @pytest.mark.parametrize("together", [True, False])
 def test_in_a_search_either_form_may_win(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import select_algorithm
+    from torch._inductor.codegen import subgraph
+    from torch._inductor.graph import GraphLowering
 
     sizes: list[int] = []
+    lowered: list[Any] = []
+    monkeypatch.setattr(subgraph, "benchmarker", mock.MagicMock())
+    monkeypatch.setattr(GraphLowering, "compile_to_module", lambda self: lowered.append(self) or mock.MagicMock())
 
     def choose(name: str, callers: list[Any], nodes: Any, layout: Any, **rest: Any) -> Any:
+        if len(callers) == 1:  # the second kernel in a reference that is measured: its default
+            return callers[0].output_node()
         sizes.append(len(callers))
+        callers[-1].benchmark(out=torch.empty(0))  # the reference's own graph is lowered for it
         last = callers[-1].name.endswith("_portable") and not together and len(sizes) == 1
         return callers[-1 if last else 0].output_node()
 
@@ -80,6 +89,7 @@ def test_in_a_search_either_form_may_win(together: bool, monkeypatch: pytest.Mon
     launched = [kind for kind in offline.launches(code) if kind != "poi"]
     assert launched == (["tem"] if together else ["per", "tem"])
     assert len(sizes) == (1 if together else 2), "the second kernel is searched for, too"
+    assert len(lowered) == len(sizes)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

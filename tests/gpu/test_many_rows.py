@@ -24,14 +24,16 @@ def test_the_int8_weight_is_the_references(name: str, dtype: torch.dtype) -> Non
     for n, k in ((203, 300), (7, 65), (4096, 4096), (1280, 14336)):
         weight = torch.randn(n, k, device="cuda", dtype=dtype)
         layout = packing.choose(scheme, weight.device, dtype, weight.shape)
-        p = packing.pack(qparams.quantize(weight, scheme.weight), scheme, layout)
+        q = qparams.quantize(weight, scheme.weight)
+        p = packing.pack(q, scheme, layout)
         args = (p.w, p.scale, p.zero, p.row, *p.key, p.int8_key[-1])
         torch.compiler.reset()
         with lowering.recording() as kernels:
             got = torch.compile(lambda args=args: torch.ops.aoquant.requantize(*args))()
         assert kernels[p.int8_key] == {"Triton to int8" if layout == "cuda_bf16" else "portable to int8"}
-        difference = (got.int() - torch.ops.aoquant.requantize(*args).int()).abs()
-        assert difference.max() <= 1 and difference.sum() <= difference.numel() // 1000, (n, k)  # a tie may go the other way
+        # a group that holds its row's largest weight has ties by the score, which may go either way
+        dense = qparams.dequantize(q.w_q, q.scale, q.zero, scheme.weight.group_size, scheme.weight.zero_point, torch.float64)
+        assert float((got.double() - dense / p.row[:, :n].t().double()).abs().max()) <= 0.5 + 1e-3, (n, k)
 
 
 class Gated(nn.Module):
@@ -53,7 +55,7 @@ def test_one_graph_of_dynamo_serves_every_m(dtype: torch.dtype, mode: str) -> No
     function = compiled(model, name, dynamic=True, mode=mode)
     gate, up, down = (from_pack(layer.weight, SCHEMES[name]) for layer in (model.gate, model.up, model.down))
     for _ in range(2):
-        for m in (1, 300, 40, LARGE_M, LARGE_M + 1, 1000):
+        for m in (2, 300, 40, LARGE_M, LARGE_M + 1, 1000):  # Dynamo has a graph of its own for 1
             x = torch.randn(m, 1024, device="cuda", dtype=dtype)
             scheme = resolve("int8dq") if m > LARGE_M else SCHEMES[name]
             with torch.no_grad():

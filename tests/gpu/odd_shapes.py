@@ -1,0 +1,36 @@
+"""Every kind of kernel once at sizes that no tile likes, for a tool that watches memory: `compute-sanitizer python odd_shapes.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+
+import torch
+from torch import nn
+from util import BF16, compiled
+
+import aoquant_inductor
+
+SCHEMES = ("int8wo", "int8wo-64", "int8dq-asymact", "int4wo-128-asym", "int4wo-32-asym", "int8dq-int4w", "int8dq-int4w-128-asym")
+SHAPES = ((33, 64), (203, 1040), (71, 2112))
+
+
+def main() -> None:
+    kernels = set()
+    for scheme in SCHEMES:
+        model = nn.ModuleList(nn.Linear(k, n, device="cuda", dtype=BF16) for n, k in SHAPES).eval().requires_grad_(False)
+        for m in (1, 3, 17, 130):
+            torch.compiler.reset()
+            for linear in model:
+                function = compiled(linear, scheme, dynamic=False)
+                y = function(torch.randn(m, linear.in_features, device="cuda", dtype=BF16))
+                assert y.isfinite().all(), (scheme, m, linear)
+                kernels |= {str(layer.kernel) for layer in aoquant_inductor.report(function).layers}
+    torch.cuda.synchronize()
+    print(f"{len(kernels)} kernels", *sorted(kernels), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
