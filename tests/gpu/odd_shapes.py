@@ -1,11 +1,6 @@
-"""Every kind of kernel once at sizes that no tile likes, for a tool that watches memory: `compute-sanitizer python odd_shapes.py`."""
+"""Every kind of kernel once at sizes that no tile likes, for a tool that watches memory (test_memory_errors.py)."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 
 import torch
 from torch import nn

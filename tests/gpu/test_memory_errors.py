@@ -17,10 +17,12 @@ def test_odd_shapes_under_memcheck() -> None:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         pytest.skip("no compute-sanitizer")
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here.parent, here.parent.parent, os.environ.get("PYTHONPATH", ""))))
     done = subprocess.run(
-        [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(Path(__file__).parent / "odd_shapes.py")],
+        [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(here / "odd_shapes.py")],
         # an allocation of its own for every tensor: between neighbours of one block nothing would be noticed
-        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
