@@ -170,13 +170,13 @@ def compile_graph(
     everything = [*packs, *inputs]
     if not packs:
         return compile_fx(gm, everything, config_patches=dict(patches))  # type: ignore[no-any-return]
-    from aoquant_inductor._inductor_reduction import rows_in_registers
+    from aoquant_inductor._inductor_reduction import quantizing
 
     (functorch_config,) = private("torch._functorch", "config")
     (innermost,) = private("torch._dynamo.eval_frame", "innermost_fn")
     kwargs = {"inner_compile": _freezing(packs)} if constant else {}
     # AOTAutograd's cache sees neither inner_compile nor the constants
-    with functorch_config.patch(enable_autograd_cache=False), rows_in_registers():
+    with functorch_config.patch(enable_autograd_cache=False), quantizing(gm.graph):
         compiled = compile_fx(gm, everything, config_patches=_with_version(patches, variant), **kwargs)
     # Dynamo wraps what a backend returns in torch.compiler.disable; once is enough, and a layer costs 2 us per call.
     return innermost(compiled)  # type: ignore[no-any-return]

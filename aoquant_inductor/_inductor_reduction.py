@@ -11,11 +11,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
 
 from aoquant_inductor._inductor import private
 
 LONGEST = 16384
 """Elements of a row that one program holds in registers: 32 in each thread of 16 warps."""
+
+
+QUANTIZE = frozenset(["quantize_per_token", "quantize_per_token_asym"])
+
+
+def quantizing(graph: fx.Graph) -> contextlib.AbstractContextManager[None]:
+    """What a graph that quantizes activations is compiled in; Inductor's own ways with all others stay as they are."""
+    found = any(getattr(node.target, "_opname", "") in QUANTIZE for node in graph.nodes if node.op == "call_function")
+    return rows_in_registers() if found else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

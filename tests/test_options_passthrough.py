@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from util import assert_counts, block, sqnr_db, tokens
+from torch import nn
+from util import assert_counts, block, compiled, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor import OptionError, lowering
@@ -78,3 +79,16 @@ def test_an_unknown_option_is_an_error_and_leaves_no_trace() -> None:
     errors = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
     assert any(isinstance(error, OptionError) for error in errors)
     assert config.get_config_copy() == before
+
+
+@pytest.mark.parametrize(("scheme", "times"), [("int8wo", 0), ("int8dq", 1), ("int8dq-asymact", 1)])
+def test_only_graphs_that_quantize_activations_reduce_rows_otherwise(scheme: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aoquant_inductor import _inductor_reduction as reduction
+
+    entered: list[object] = []
+    inside = reduction.rows_in_registers
+    monkeypatch.setattr(reduction, "rows_in_registers", lambda: entered.append(scheme) or inside())
+    linear = nn.Linear(64, 32, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        compiled(linear, scheme)(torch.randn(3, 64, dtype=torch.bfloat16))
+    assert len(entered) == times

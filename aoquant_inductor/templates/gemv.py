@@ -56,8 +56,8 @@ CONFIGS = (Config(1, 2, 2048, 2, 1), Config(1, 4, 2048, 4, 1), Config(1, 4, 1024
 DEFAULTS = (Default(CONFIGS[0], upto=2, k=2048), Default(CONFIGS[3], upto=2))
 KERNEL = Kernel("gemv", _fits, CONFIGS, DEFAULTS, _keywords, _adapt)
 
-# On the same card, a quantization of its own counted to the other kernels: ahead of them by 2 to 4 us for one row, at 4096x4096 for
-# up to four; for two rows of 28672x4096 3 us behind, which a launch less is worth to the host.
+# On the same card, a quantization of its own counted to the other kernels: ahead of them by 2 to 4 us for one row, at 4096x4096
+# for up to four; for two rows of 28672x4096 3 us behind, which a launch less is worth to the host.
 DYNAMIC_CONFIGS = tuple(
     Config(MOST_ROWS, *tile, 1)
     for tile in ((16, 1024, 4), (8, 1024, 4), (4, 1024, 4), (8, 2048, 4), (32, 512, 4), (16, 1024, 8), (8, 512, 2))
