@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
-from aoquant_inductor import packing_cuda
+from aoquant_inductor.packing import LAYOUTS
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates import int4
 
@@ -21,35 +21,23 @@ F32 = torch.float32
 
 
 def _integers(p: Problem) -> Any:
-    """w_q[N, K] as a pointwise node, int8."""
-    if p.layout == "wgmma":
-        return _wgmma(p)
-    if p.bits == 8:
+    """w_q[N, K] as a node, int8."""
+    layout = LAYOUTS[p.layout]
+    if (p.layout, p.bits) == ("plain", 8):
         return p.w
     load = p.w.make_loader()
 
     def body(ops: Any, index: Any) -> Any:
-        n, k = index
-        if p.layout == "plain":
-            place, bit = (n, ir.floor_div(k, 2)), ir.modulo(k, 2) * 4
-        else:
-            place, bit = packing_cuda.locate(p.layout, n, k, ir.floor_div, ir.modulo)
+        if layout.locate is None:
+            raise NotImplementedError(f"{p.layout} is for kernels of its own")
+        place, bit = layout.locate(p.bits, *index, ir.floor_div, ir.modulo)
+        if p.bits == 8:
+            return load(place)
         word, shift = ops.to_dtype(load(place), torch.int32), ops.index_expr(bit, torch.int32)
         nibble = ops.bitwise_and(ops.bitwise_right_shift(word, shift), ops.constant(15, torch.int32))
-        if p.layout == "cuda_int8":
+        if layout.signed:
             nibble = ops.bitwise_xor(nibble, ops.constant(8, torch.int32))
         return ops.to_dtype(ops.sub(nibble, ops.constant(8, torch.int32)), torch.int8)
-
-    return ir.pointwise((p.n, p.k), torch.int8, p.device, body)
-
-
-def _wgmma(p: Problem) -> Any:
-    load = p.w.make_loader()
-
-    def body(ops: Any, index: Any) -> Any:
-        n, k = index
-        a, b, c, d = (ir.modulo(ir.floor_div(k, step), size) for step, size in ((16, 4), (8, 2), (2, 4), (1, 2)))
-        return load((n, ir.floor_div(k, 64) * 64 + 16 * c + 4 * a + 2 * b + d))
 
     return ir.pointwise((p.n, p.k), torch.int8, p.device, body)
 

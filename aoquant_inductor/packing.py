@@ -3,7 +3,7 @@
 | layout     | w                                                         | scale, zero                                  |
 |------------|-----------------------------------------------------------|----------------------------------------------|
 | `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
-| `wgmma`    | int8 [N, K], K in the order of `_wgmma_order`              | [G, N], as quantized                         |
+| `wgmma`    | int8 [N, K], K in packing_cuda.wgmma_order                | [G, N], as quantized                         |
 | `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | [G, N] up to the padded shape; int zeros bf16 |
 | `cuda_int8` | packing_cuda.py, int4 for int8 activations                | the same                                     |
 | `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -28,6 +29,9 @@ ALIGNMENT = 16  # bytes; what Inductor promises a kernel of its arguments
 
 WeightKey = tuple[int, int, str, int, str, str]
 """in_features, out_features, w_dtype, group_size, zero_point, layout: what an op is told about its weight."""
+
+
+Place = Callable[..., tuple[tuple[Any, ...], Any]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Packed:
 @dataclass(frozen=True)
 class Layout:
     """rows: weights whose N are multiples of it lie side by side in one pack, w along its first axis. int8_layout: that of int8
-    weights for int8 activations, on the devices that have this one.
+    weights for int8 activations, on the devices that have this one. locate: (bits, n, k, floor division, remainder) -> where
+    w_q[n, k] is, as packing_cuda.locate; None where our own kernels do everything. signed: int4 in two's complement, not q + 8.
     """
 
     pack: Callable[[Quantized, bool], Packed]
@@ -86,6 +91,8 @@ class Layout:
     rows: int
     bits: tuple[int, ...] = (4, 8)
     int8_layout: str = "plain"
+    locate: Place | None = None
+    signed: bool = False
 
 
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
@@ -107,22 +114,19 @@ def _plain_unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor
     return torch.stack((w & 15, w >> 4), -1).reshape(n, -1)[:, :k].view(torch.int8) - 8
 
 
-def _wgmma_order(w: torch.Tensor, back: bool = False) -> torch.Tensor:
-    """w[N, K] with k = 16a + 8b + 2c + d of every 64 at 16c + 4a + 2b + d: the 16 bytes that one thread of a warpgroup holds of
-    its register operand are neighbours. Hopper's, of the 16-bit types. `back` undoes it.
-    """
-    n, k = w.shape
-    sizes, order = ((4, 4, 2, 2), (0, 1, 3, 4, 2, 5)) if back else ((4, 2, 4, 2), (0, 1, 4, 2, 3, 5))
-    return w.reshape(n, k // 64, *sizes).permute(order).reshape(n, k)
+def _place(kind: str) -> Place:
+    if kind == "plain":
+        return lambda bits, n, k, div, mod: ((n, k), 0) if bits == 8 else ((n, div(k, 2)), mod(k, 2) * 4)
+    return lambda bits, *where: packing_cuda.locate(kind, *where)
 
 
-def _wgmma_pack(quantized: Quantized, sums: bool) -> Packed:
-    plain = _plain_pack(quantized, sums)
-    return replace(plain, w=_wgmma_order(plain.w).contiguous(), layout="wgmma")
+def _wgmma() -> Layout:
+    def pack(quantized: Quantized, sums: bool) -> Packed:
+        plain = _plain_pack(quantized, sums)
+        return replace(plain, w=packing_cuda.wgmma_order(plain.w).contiguous(), layout="wgmma")
 
-
-def _wgmma_unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
-    return _wgmma_order(w, back=True)
+    unpack = lambda w, k, n, w_dtype: packing_cuda.wgmma_order(w, back=True)  # noqa: E731
+    return Layout(pack, unpack, 1, (8,), locate=_place("wgmma"))
 
 
 def _cpu(kind: str) -> Layout:
@@ -161,11 +165,12 @@ def _cuda(kind: str) -> Layout:
         w = packing_cuda.pack(quantized.w_q, kind)
         return Packed(w, scale, zero, total, (n, k), spec.dtype, group, spec.zero_point, kind)
 
-    return Layout(pack, lambda w, k, n, w_dtype: packing_cuda.unpack(w, n, k, kind), packing_cuda.ROWS, bits=(4,))
+    unpack = lambda w, k, n, w_dtype: packing_cuda.unpack(w, n, k, kind)  # noqa: E731
+    return Layout(pack, unpack, packing_cuda.ROWS, (4,), locate=_place(kind), signed=kind == "cuda_int8")
 
 
 LAYOUTS = {
-    "plain": Layout(_plain_pack, _plain_unpack, 1), "wgmma": Layout(_wgmma_pack, _wgmma_unpack, 1, bits=(8,)),
+    "plain": Layout(_plain_pack, _plain_unpack, 1, locate=_place("plain")), "wgmma": _wgmma(),
     "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni"),
     "cuda_bf16": _cuda("cuda_bf16"), "cuda_int8": _cuda("cuda_int8"),
 }

@@ -65,9 +65,20 @@ def unpack(packed: Tensor, n: int, k: int, kind: str) -> Tensor:
     return w_q[:n, :k].contiguous()
 
 
+def wgmma_order(w: Tensor, back: bool = False) -> Tensor:
+    """w[N, K] with k = 16a + 8b + 2c + d of every 64 at 16c + 4a + 2b + d: the 16 bytes that one thread of a warpgroup holds of
+    its register operand are neighbours. Hopper's, of the 16-bit types. `back` undoes it.
+    """
+    n, k = w.shape
+    sizes, order = ((4, 4, 2, 2), (0, 1, 3, 4, 2, 5)) if back else ((4, 2, 4, 2), (0, 1, 4, 2, 3, 5))
+    return w.reshape(n, k // 64, *sizes).permute(order).reshape(n, k)
+
+
 def locate(kind: str, n: Any, k: Any, div: Callable[..., Any], mod: Callable[..., Any]) -> tuple[tuple[Any, ...], Any]:
-    """(index of the element that holds w_q[n, k], how many bits its nibble lies above the lowest); n and k may be symbols."""
+    """(index of the element that holds w_q[n, k], how many bits it lies above the lowest); n and k may be symbols."""
     bit = lambda value, step, size: mod(div(value, step), size)  # noqa: E731
+    if kind == "wgmma":
+        return (n, div(k, 64) * 64 + 16 * bit(k, 2, 4) + 4 * bit(k, 16, 4) + 2 * bit(k, 8, 2) + mod(k, 2)), 0
     block = div(n, 16) * 2 + mod(n, 2)
     row, chunk = bit(n, 2, 8), div(k, CHUNK)
     if kind == "cuda_int8":

@@ -65,6 +65,8 @@ def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], optio
     if type(weight) is not nn.Parameter or weight.dtype in (torch.int8, torch.uint8):
         detail = f"is {weight.dtype} in a {type(weight).__name__}."
         return replace(layer, reason="dtensor" if _is_distributed(weight) else "already_quantized", detail=detail), None
+    if weight.numel() == 0:
+        return replace(layer, reason="empty", detail="has no elements."), None
     if weight.dtype not in FLOATS:
         return replace(layer, reason="dtype", detail=f"is {weight.dtype}, not bf16, fp16 or fp32."), None
     return replace(layer, status=QUANTIZED), choice.scheme

@@ -6,9 +6,9 @@ import pytest
 import torch
 from util import BF16, FP16, FP32, sqnr_db
 
-from aoquant_inductor import packing, packing_cuda, qparams
+from aoquant_inductor import packing, qparams
 from aoquant_inductor.packing import LAYOUTS
-from aoquant_inductor.scheme import SCHEMES, Scheme
+from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 
 SHAPES = [(1, 1), (7, 31), (65, 33), (16, 128), (130, 257), (3, 576)]
 BY_SPEC = list({(s.weight, s.activation and s.activation.symmetric, s.large_m): s for s in SCHEMES.values()}.values())
@@ -78,13 +78,19 @@ def test_copy_keeps_the_storage_and_takes_the_values(scheme: Scheme, layout: str
     assert all(torch.equal(a, b) for a, b in zip(old.tensors, new.tensors, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["cuda_bf16", "cuda_int8"])
-def test_locate_finds_every_nibble(kind: str) -> None:
-    w_q = torch.randint(-8, 8, (33, 300), dtype=torch.int8)
-    n, k = torch.meshgrid(torch.arange(33), torch.arange(300), indexing="ij")
-    place, bit = packing_cuda.locate(kind, n, k, lambda a, b: a // b, lambda a, b: a % b)
-    code = packing_cuda.pack(w_q, kind)[place].int() >> bit & 15
-    assert torch.equal((code ^ 8 if kind == "cuda_int8" else code) - 8, w_q.int())
+@pytest.mark.parametrize(("name", "bits"), [(name, b) for name, layout in packing.LAYOUTS.items() if layout.locate for b in layout.bits])
+def test_locate_finds_every_element(name: str, bits: int) -> None:
+    layout, size = packing.LAYOUTS[name], (33, 320)
+    w_q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), size, dtype=torch.int8)
+    nothing = torch.zeros(())
+    packed = layout.pack(qparams.Quantized(w_q, torch.ones(1, size[0]), None, QuantSpec(f"int{bits}"), nothing, nothing), False)
+    n, k = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    assert layout.locate is not None
+    place, shift = layout.locate(bits, n, k, lambda a, b: a // b, lambda a, b: a % b)
+    code = packed.w[place].int() >> shift
+    if bits == 4:
+        code = ((code & 15) ^ (8 if layout.signed else 0)) - 8
+    assert torch.equal(code, w_q.int())
 
 
 def test_int4_of_the_plain_layout_has_the_even_k_low() -> None:

@@ -224,3 +224,23 @@ def test_a_linear_that_is_never_called_is_in_the_report() -> None:
     _, _, report = run(Half().eval(), tokens())
     assert_counts(report, 1, 2, not_called=1)
     assert report.layers[1].name == "b"
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int8dq-int4w-128-asym"])
+def test_a_weight_without_elements_is_left_alone(scheme: str) -> None:
+    class Pruned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept, self.cut, self.none = nn.Linear(8, 8), nn.Linear(0, 8), nn.Linear(8, 0)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.kept(x) + self.cut(x[:, :0]), self.none(x)
+
+    model = Pruned().to(BF16).eval()
+    function = compiled(model, scheme)
+    x = torch.randn(3, 8, dtype=BF16)
+    with torch.no_grad():
+        y, empty = function(x)
+        assert sqnr_db(y, model(x)[0]) > 15
+    assert empty.shape == (3, 0)
+    assert_counts(aoquant_inductor.report(function), 1, 3, empty=2)
