@@ -139,6 +139,9 @@ class Range:
     first: int
     last: int | None
 
+    def __str__(self) -> str:
+        return f"{self.first}..{self.last or ''}"
+
 
 _within: contextvars.ContextVar[Range | None] = contextvars.ContextVar("aoquant_rows", default=None)
 

@@ -27,22 +27,26 @@ from aoquant_inductor.scheme import LARGE_M
 log = logging.getLogger("aoquant_inductor")
 
 Compiled = Callable[..., Any]
-Note = Callable[[Kernels], None]
+Note = Callable[[Kernels | str], None]
 
 
 def compile_graph(
     rewritten: Rewritten, inputs: Sequence[Any], patches: Mapping[str, Any], constant: bool, note: Note
 ) -> Compiled:
-    """Inductor over rewritten.gm(*packs, *inputs), for any M. `note` is told the kernels of the graphs that are made later."""
+    """Inductor over rewritten.gm(*packs, *inputs), for any M. `note` is told the kernels of the graphs that are made later, or
+    what all linears run by.
+    """
     gm, large, packs = rewritten.gm, rewritten.large, rewritten.packs  # not the sites: they hold the weights
     if rewritten.differentiable:
         # One graph for every M, since its backward is one. Both halves read the packs: inputs, not constants of one of them.
         return _inductor.compile_graph(gm, inputs, patches, packs)
 
+    def form(within: ir.Range | None) -> fx.GraphModule:
+        return large if large is not None and within is not None and within.first > LARGE_M else gm
+
     def build(values: Sequence[Any], within: ir.Range | None) -> Compiled:
-        graph = large if large is not None and within is not None and within.first > LARGE_M else gm
         with torch.no_grad(), ir.rows_within(within):
-            return _inductor.compile_graph(graph, values, patches, packs, constant, variant=str(within))
+            return _inductor.compile_graph(form(within), values, patches, packs, constant, variant=repr(within))
 
     bounds = lowering.M_RANGES.get(rewritten.sites[0].value.device.type, ())
     if large is not None:
@@ -51,7 +55,7 @@ def compile_graph(
     rows = None if expr is None else shapes.evaluator(expr, shapes.symbols(gm.graph))
     if expr is None or rows is None:
         return build(inputs, None)
-    graphs = _Graphs(gm.graph, packs, expr, rows, bounds, build, note)
+    graphs = _Graphs(form, packs, expr, rows, bounds, build, note)
     graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
     return graphs.call
 
@@ -60,11 +64,14 @@ class _Graphs:
     """The Inductor graphs of one rewritten graph, by range of M; one that is missing is compiled when a call needs it."""
 
     def __init__(
-        self, graph: fx.Graph, packs: Sequence[torch.Tensor], expr: sympy.Expr, rows: Callable[[Sequence[Any]], int],
-        bounds: tuple[int, ...], build: Callable[[Sequence[Any], ir.Range], Compiled], note: Note,
+        self, form: Callable[[ir.Range | None], fx.GraphModule], packs: Sequence[torch.Tensor], expr: sympy.Expr,
+        rows: Callable[[Sequence[Any]], int], bounds: tuple[int, ...], build: Callable[[Sequence[Any], ir.Range], Compiled],
+        note: Note,
     ) -> None:
-        """packs: what `build` compiles for. rows: inputs -> M, expr. bounds: the last M of all ranges but the last."""
-        self.graph, self.packs, self.expr = graph, packs, expr
+        """form: what a range compiles; packs: its first arguments. rows: inputs -> M, expr. bounds: the last M of all ranges
+        but the last.
+        """
+        self.form, self.packs, self.expr = form, packs, expr
         self.rows, self.bounds, self.build, self.note = rows, bounds, build, note
         self.compiled: list[Compiled | None] = [None] * (len(bounds) + 1)
         self.lock = threading.Lock()
@@ -96,13 +103,18 @@ class _Graphs:
             return found
 
     def _compile(self, index: int, args: Sequence[Any]) -> Compiled:
-        inputs = [node.meta["example_value"] for node in self.graph.find_nodes(op="placeholder")[len(self.packs) :]]
-        with shapes.sizes_of(self.graph, self.packs, args, inputs) as guarded, lowering.recording() as kernels:
-            found = self.build(inputs, self.range(index))
+        within = self.range(index)
+        gm = self.form(within)
+        inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")[len(self.packs) :]]
+        with shapes.sizes_of(gm.graph, self.packs, args, inputs) as guarded, lowering.recording() as kernels:
+            found = self.build(inputs, within)
             if not guarded():
                 self.note(kernels)
                 return found
+        # not by another range's kernels: their workspaces are made for its M
         log.warning(
-            "M = %d is served by kernels for another range: a compile of its own would not hold for all of it.", self.rows(args)
+            "M of %s runs op by op in plain PyTorch: a compile of its own would not hold for all of it (seen at M = %d).",
+            within, self.rows(args),
         )
-        return next(one for one in self.compiled if one is not None)
+        self.note(f"plain PyTorch for M of {within}")
+        return gm

@@ -191,11 +191,14 @@ class Log:
         self.entries += entries
         log.info(graph.summary())
 
-    def kernel_notes(self, layers: Sequence[tuple[Layer, Sequence[Any]]]) -> Callable[[Mapping[Any, set[str]]], None]:
-        """layers: with the keys of their pack -> a function that notes the kernels of a graph compiled later, by such keys."""
+    def kernel_notes(self, layers: Sequence[tuple[Layer, Sequence[Any]]]) -> Callable[[Mapping[Any, set[str]] | str], None]:
+        """layers: with the keys of their pack -> a function that notes the kernels of a graph compiled later, by such keys, or
+        one for all that have a pack.
+        """
 
-        def note(kernels: Mapping[Any, set[str]]) -> None:
-            named = [(layer, sorted({name for key in keys for name in kernels.get(key, ())})) for layer, keys in layers]
+        def note(kernels: Mapping[Any, set[str]] | str) -> None:
+            of = (lambda key: {kernels}) if isinstance(kernels, str) else (lambda key: kernels.get(key, set()))
+            named = [(layer, sorted({name for key in keys for name in of(key)})) for layer, keys in layers]
             self.graphs.append(Report(tuple(replace(layer, kernel=", ".join(names)) for layer, names in named if names)))
 
         return note

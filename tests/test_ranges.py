@@ -119,8 +119,10 @@ def test_a_compile_that_would_not_hold_for_its_range_is_not_used(
                 x = tokens(m)
                 assert sqnr_db(function(x), model.reference(x)) > 45, m
     assert [r.message for r in caplog.records if r.name == "aoquant_inductor"] == [
-        "M = 3 is served by kernels for another range: a compile of its own would not hold for all of it."
+        "M of 1..4 runs op by op in plain PyTorch: a compile of its own would not hold for all of it (seen at M = 3)."
     ]
+    layers = aoquant_inductor.report(function).layers
+    assert all("plain PyTorch for M of 1..4" in str(layer.kernel) for layer in layers), [layer.kernel for layer in layers]
 
 
 def test_the_cost_of_choosing_is_one_call() -> None:
