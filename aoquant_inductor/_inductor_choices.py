@@ -24,6 +24,15 @@ def triton_template(name: str, source: str) -> Any:
     return template(name=name, grid=symbolic(grid), source=source)
 
 
+def early_launch(device: torch.device) -> bool:
+    """Whether kernels may be launched while the one before them ends (programmatic dependent launch): Inductor's option
+    "triton.enable_pdl", which by itself leaves templates out.
+    """
+    (config,) = private("torch._inductor", "config")
+    able = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+    return bool(getattr(config.triton, "enable_pdl", False)) and able
+
+
 @dataclass(frozen=True)
 class TritonChoice:
     """One config of one template. `scratch`: bytes of a workspace, `ws_ptr` in the kernel, that starts with anything in it."""
@@ -92,10 +101,10 @@ def select(
     taken: list[str] = []
     for choice in choices:
         count = len(callers)
-        workspace = {"workspace_arg": _workspace(choice.scratch, device)} if choice.scratch else {}
-        errors.append(
-            choice.template.maybe_append_choice(callers, input_nodes=nodes, layout=layout, **choice.keywords, **workspace)
-        )
+        rest: dict[str, Any] = {"workspace_arg": _workspace(choice.scratch, device)} if choice.scratch else {}
+        if early_launch(device):
+            rest["triton_meta"] = {"launch_pdl": True}  # a dict of its own: the template adds to it
+        errors.append(choice.template.maybe_append_choice(callers, input_nodes=nodes, layout=layout, **choice.keywords, **rest))
         for caller in callers[count:]:
             caller.output_node = _noted(caller.output_node, choice.label, taken)
     callers += [_reference(name, nodes, layout, reference, taken.append) for reference in references]

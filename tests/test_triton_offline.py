@@ -209,3 +209,23 @@ def test_the_backward_dequantizes_and_multiplies(scheme: str, dtype: torch.dtype
     assert found == layout
     assert "extern_kernels.mm(" in rendered.code
     assert "aoquant.linear_grad.default(" not in rendered.code
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int4wo-32", "int8dq-int4w-128"])
+@pytest.mark.parametrize("m", [1, 64])
+def test_kernels_overlap_only_where_asked_and_wait_before_they_read(m: int, scheme: str, arch: int, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    plain = offline.render(scheme, m, 512, 1024, torch.bfloat16, arch=arch)
+    with config.patch({"triton.enable_pdl": True}):
+        early = offline.render(scheme, m, 512, 1024, torch.bfloat16, arch=arch)
+    assert "gdc_" not in plain.code and "'launch_pdl': True" not in plain.code
+    if arch < 90:
+        assert "gdc_" not in early.code and "'launch_pdl': True" not in early.code
+        return
+    assert "'launch_pdl': True" in early.code
+    ptx = offline.assemble(early.code, tmp_path, arch).asm["ptx"]
+    wait, release = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
+    assert wait < min(ptx.index(word) for word in ("ld.global", "cp.async") if word in ptx)
+    assert wait < release < ptx.rindex("st.global")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -142,3 +143,21 @@ def test_a_search_names_the_winner(scheme: str, m: int) -> None:
     # a search may take the dequantized bf16 matmul, or one that quantizes x with a scale of its own
     assert float((y.double() - expected(x, linear).double()).norm() / y.double().norm()) < 0.02
     assert aoquant_inductor.report(function).totals["quantized"] == 1
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int8dq-int4w-128"])
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_kernels_that_overlap_are_right_across_updates(m: int, scheme: str, mode: str | None) -> None:
+    model = nn.Sequential(*(part for _ in range(10) for part in (nn.Linear(1024, 1024), nn.ReLU()))).to("cuda", BF16).eval()
+    options = {"mode": mode} if mode else {}
+    apart = compiled(copy.deepcopy(model), scheme, **options)
+    early = compiled(model, scheme, **options, **{"triton.enable_pdl": True})
+    x = torch.randn(m, 1024, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        for step in range(20):
+            if step % 4 == 3:
+                for linear, other in zip(model[::2], apart._orig_mod[::2], strict=True):
+                    linear.weight.mul_(1.01)
+                    other.weight.mul_(1.01)
+            assert torch.equal(early(x).clone(), apart(x).clone()), step
