@@ -40,6 +40,14 @@ def clean() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's threads afterwards as before: a benchmark sets one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """Every graph that aoquant hands to Inductor from here on."""
     from aoquant_inductor import _inductor
