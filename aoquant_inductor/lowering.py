@@ -20,7 +20,7 @@ from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor import lowering_triton as triton
 from aoquant_inductor import ops
-from aoquant_inductor.packing import WeightKey
+from aoquant_inductor.packing import WeightKey, rows_key
 from aoquant_inductor.problem import Problem
 
 Kernels = dict[WeightKey, set[str]]
@@ -106,7 +106,7 @@ def _linear_grad(grad: Any, w: Any, scale: Any, zero: Any, *key: Any) -> Any:
 def _requantize(w: Any, scale: Any, zero: Any, row: Any, *key: Any) -> Any:
     problem = Problem.of_weight(w, scale, zero, key[:-1], torch.int8)
     name, result = cpu.requantize(problem, row) or portable.requantize(problem, row, key[-1])
-    _record((problem.k, problem.n, "int8", 0, "int", key[-1]), name)
+    _record(rows_key(problem.k, problem.n, key[-1]), name)
     return result
 
 

@@ -31,6 +31,11 @@ WeightKey = tuple[int, int, str, int, str, str]
 """in_features, out_features, w_dtype, group_size, zero_point, layout: what an op is told about its weight."""
 
 
+def rows_key(k: int, n: int, layout: str) -> WeightKey:
+    """Of an int8 weight with one scale per row."""
+    return (k, n, "int8", 0, "int", layout)
+
+
 Place = Callable[..., tuple[tuple[Any, ...], Any]]
 
 
@@ -67,7 +72,7 @@ class Packed:
     @property
     def int8_key(self) -> WeightKey:
         """Of what requantize makes of it."""
-        return (self.shape[1], self.shape[0], "int8", 0, "int", LAYOUTS[self.layout].int8_layout)
+        return rows_key(self.shape[1], self.shape[0], LAYOUTS[self.layout].int8_layout)
 
     @property
     def nbytes(self) -> int:

@@ -99,8 +99,7 @@ def child(name: str, mode: str, args: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=60, schemes=("int8wo",))
     p.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: %(default)s)")
-    p.add_argument("--jobs", type=int, default=1, help="processes that compile at once (default: %(default)s)")
-    p.add_argument("--limit", type=float, default=400.0, help="seconds in which one must have compiled (default: %(default)s)")
+    turns.arguments(p)
     p.add_argument("--child", help=argparse.SUPPRESS)
     args = cli.parse(p, argv)
     watch.settle()

@@ -8,6 +8,7 @@ The children share the CPUs: by itself, Inductor would start as many compilers i
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -18,6 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
 READY = "ready to measure"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """What the command line of a parent has for it."""
+    p.add_argument("--jobs", type=int, default=1, help="processes that compile at once (default: %(default)s)")
+    p.add_argument("--limit", type=float, default=400.0, help="seconds to compile, and to measure (default: %(default)s)")
 
 
 class Failed(Exception):
@@ -56,7 +63,11 @@ class _Child:
 
     def result(self) -> str:
         """Lets it measure; the last line that it printed. Raises Failed."""
-        out, _ = self.process.communicate("\n")
+        try:
+            out, _ = self.process.communicate("\n", timeout=self.limit)
+        except subprocess.TimeoutExpired:
+            self._stop()
+            out, _ = self.process.communicate()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
         self.errors.close()

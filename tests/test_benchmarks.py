@@ -233,10 +233,11 @@ print("noise"); print("result " + sys.argv[1])
 """
     measured = [[sys.executable, "-c", body, name] for name in "abc"]
     wrong = [[sys.executable, "-c", "raise ValueError('no such thing')"], [sys.executable, "-c", "import time; time.sleep(60)"]]
-    *found, failed, late = turns.run([*measured, *wrong], 3, 5)
+    stuck = [sys.executable, "-c", "import time\nfrom benchmarks import turns\nturns.wait()\ntime.sleep(60)"]
+    *found, failed, late, hanging = turns.run([*measured, *wrong, stuck], 3, 5)
     assert found == ["result a", "result b", "result c"]
     assert str(failed) == "ValueError: no such thing"
-    assert str(late) == "took more than 5 s"
+    assert str(late) == str(hanging) == "took more than 5 s"
     assert log.read_text().split() == ["prepared"] * 3 + ["a"] * 20 + ["b"] * 20 + ["c"] * 20
 
 

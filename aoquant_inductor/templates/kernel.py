@@ -115,12 +115,13 @@ class Kernel:
         return replace(config, split_k=split)
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
-        static, most = ir.static(p.m), ir.most_rows(p.m)
-        few = (static or config.block_m) < config.block_m or (static is None and most is not None and most <= config.block_m)
+        most = ir.most_rows(p.m)
+        # a range of M is said by its largest, which most calls are below
+        few = most is not None and (most < config.block_m or (most == config.block_m and ir.static(p.m) is None))
         keywords = {**common_keywords(p), "FEW": few, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
-            scratch = 4 * config.split_k * config.tiles(ir.most_rows(p.m) or 0, p.n) * config.block_m * config.block_n
+            scratch = 4 * config.split_k * config.tiles(most or 0, p.n) * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
         label = f"Triton {self.template} {kind} {config}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)

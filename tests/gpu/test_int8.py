@@ -154,10 +154,16 @@ def test_kernels_that_overlap_are_right_across_updates(m: int, scheme: str, mode
     apart = compiled(copy.deepcopy(model), scheme, **options)
     early = compiled(model, scheme, **options, **{"triton.enable_pdl": True})
     x = torch.randn(m, 1024, device="cuda", dtype=BF16)
+    codes: list[str] = []
     with torch.no_grad():
         for step in range(20):
             if step % 4 == 3:
                 for linear, other in zip(model[::2], apart._orig_mod[::2], strict=True):
                     linear.weight.mul_(1.01)
                     other.weight.mul_(1.01)
-            assert torch.equal(early(x).clone(), apart(x).clone()), step
+            y, codes = run_and_get_code(early, x) if step == 0 else (early(x), codes)
+            assert torch.equal(y.clone(), apart(x).clone()), step
+    assert "tl.extra.cuda.gdc_wait()" in codes[0] and "'launch_pdl': True" in codes[0], codes[0]
+    report = aoquant_inductor.report(early)
+    assert report.totals["quantized"] == 10
+    assert all("Triton" in str(layer.kernel) for layer in report.layers), str(report)
