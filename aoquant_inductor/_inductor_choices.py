@@ -14,12 +14,13 @@ from aoquant_inductor._inductor_ir import IR, Expr, aten, realize
 
 
 def triton_template(name: str, source: str) -> Any:
-    """A template whose grid is (tiles of y[M, N], SPLIT_K); names are global to the process."""
+    """A template whose grid is (tiles of y[M, N], but not more than PROGRAMS, and SPLIT_K); names are global to the process."""
     (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
     (symbolic,) = private("torch._inductor.select_algorithm", "SymbolicGridFn")
 
-    def grid(m: Expr, n: Expr, meta: dict[str, Any], *, cdiv: Callable[[Expr, int], Expr]) -> tuple[Expr, int, int]:
-        return cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), meta.get("SPLIT_K", 1), 1
+    def grid(m: Expr, n: Expr, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Expr, int, int]:
+        tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"])
+        return min(tiles, meta["PROGRAMS"]) if meta.get("PROGRAMS") else tiles, meta.get("SPLIT_K", 1), 1
 
     return template(name=name, grid=symbolic(grid), source=source)
 

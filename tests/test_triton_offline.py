@@ -55,7 +55,7 @@ def distinct(kernel: Kernel) -> list[Config]:
 
 
 FAST = (
-    ("int8dq", 256, linear.INT8_DYNAMIC), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL),
+    ("int8dq", 256, linear.INT8_DYNAMIC), ("int8dq", 256, linear.PERSISTENT), ("int8dq-asymact", 256, linear.PERSISTENT), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL),
     ("int4wo-128", 1, int4.GEMV), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
     ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
 )
@@ -126,8 +126,9 @@ WORDS = [
     ("int8wo", "bfloat16", 9, 70, 576, "None"), ("int8wo", "bfloat16", 40, 70, 1024, "(linear.INT8_WEIGHT_ONLY, linear.W64)"),
     ("int8wo", "bfloat16", 40, 70, 448, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 64, 4, 2, swap=True, extra=(('DOTS', 2),)))"),
     ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
-    ("int8wo", "bfloat16", 40, 70, 448, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 64, 4, 3, swap=True, split_k=2, extra=linear.AHEAD))"),
 ]
+PERSISTENT = "(linear.PERSISTENT, Config(32, 32, 64, 4, 3, programs=1))"
+WORDS += [("int8dq", "bfloat16", 200, 310, 208, PERSISTENT), ("int8dq-asymact", "float16", 5, 33, 1040, PERSISTENT)]
 CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED + WORDS
 DENSE = ("int4wo-128-asym", "int4wo-row", "int4wo-row-asym", "int4wo-64-asymfloat", "int4wo-32")  # all of a weight in bf16
 CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]

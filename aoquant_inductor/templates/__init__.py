@@ -8,7 +8,7 @@ from __future__ import annotations
 from aoquant_inductor.templates import gemv, int4, linear
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
-KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, *int4.KERNELS, linear.INT8_DYNAMIC, linear.INT8_WEIGHT_ONLY, linear.GENERAL)
+KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, *int4.KERNELS, *linear.KERNELS)
 QUANTIZING: tuple[Kernel, ...] = (gemv.DYNAMIC,)
 """Those that quantize x themselves; none fits all."""
 

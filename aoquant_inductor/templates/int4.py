@@ -78,18 +78,23 @@ L64_WIDE = Config(64, 128, 128, 8, 3)
 L128 = Config(128, 64, 128, 4, 3, split_k=FILL_TWICE)
 L128_WIDE = _scaled(Config(128, 128, 128, 8, 3))
 L256 = _scaled(Config(256, 128, 128, 8, 3))
+L_CARRIED = replace(L256, carried=True)
 
 
 def _linear_defaults(l16: Config, l32: Config, l64_wide: Config, l64: Config, l128: Config) -> tuple[Default, ...]:
     return (
         Default(l16, upto=16), Default(l32, upto=32), Default(l64_wide, upto=64, waves=1.5), Default(l64, upto=64),
-        Default(L128_WIDE, upto=128, waves=1.5), Default(L256, upto=512, waves=1.5), Default(l128, upto=512),
+        Default(L128_WIDE, upto=128, waves=1.5), Default(L_CARRIED, waves=0.9), Default(L256, upto=512, waves=1.5),
+        Default(l128, upto=512),
         # from 4096 on the weight as bf16 in memory and cuBLAS: 1.01x bf16 on an H100 (.94x L256); .86x at 2048 (.93x)
         Default(L256, upto=3072), Default(None),
     )
 
 
-LARGE = (L128_WIDE, L256, replace(L256, split_k=FILL_TWICE))
+LARGE = (
+    L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), L_CARRIED, replace(L_CARRIED, split_k=FILL),
+    replace(L_CARRIED, block_m=128, split_k=FILL),
+)
 SUMS = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and not _one_sum(p),
     (

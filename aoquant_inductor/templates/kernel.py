@@ -26,8 +26,8 @@ class Config:
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
     each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
-    although a converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. extra:
-    further constants.
+    although a converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. programs:
+    so many for a multiprocessor, each with one tile after the other; 0 is one for every tile. extra: further constants.
     """
 
     block_m: int
@@ -39,6 +39,7 @@ class Config:
     swap: bool = False
     split_k: int = 1
     carried: bool = False
+    programs: int = 0
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class Config:
     def keywords(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
-            "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried,
+            "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried, "PROGRAMS": self.programs,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 
@@ -93,13 +94,13 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         config = self.adapt(p, wanted)
-        # eight warps were wrong with ptxas 13.5, too: int8 256x128x64 on an H100 (Triton 3.6), at every size; four were right
-        if wanted.carried and card.arch > 0 and (card.ptxas < SAFE_PTXAS or wanted.num_warps > 4):
+        if wanted.carried and card.arch > 0 and card.ptxas < SAFE_PTXAS:
             return None
         while config is not None and _shared(p, config) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
         if config is None:
             return None
+        config = replace(config, programs=config.programs * card.sms)
         m = ir.most_rows(p.m)
         if config.split_k == 1:
             return config
@@ -129,9 +130,8 @@ class Kernel:
 
 def _shared(p: Problem, config: Config) -> int:
     x_bytes = config.block_m * p.x.get_dtype().itemsize
-    extra = dict(config.extra)
-    w_bytes = 0 if extra.get("AHEAD") else config.block_n * p.bits // 8
-    return int(config.num_stages * config.block_k * int(extra.get("DOTS", 1)) * (x_bytes + w_bytes))
+    w_bytes = config.block_n * p.bits // 8
+    return int(config.num_stages * config.block_k * int(dict(config.extra).get("DOTS", 1)) * (x_bytes + w_bytes))
 
 
 @functools.cache

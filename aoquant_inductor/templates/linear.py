@@ -11,7 +11,13 @@ from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
 
 
+def _words(p: Problem) -> bool:
+    return p.layout == "wgmma" and p.x.get_dtype() == torch.bfloat16
+
+
 def _adapt(p: Problem, config: Config) -> Config | None:
+    if config.carried and not _words(p):
+        return None  # Triton's own conversion was miscompiled by ptxas 13.5, too (64 hazards in its machine code, wrong on an H100)
     # fp32 operands are four times an int8's bytes in shared memory; tl.dot wants at least 32 of K for int8
     block_k = min(config.block_k, 32 if p.x.get_dtype() == torch.float32 else config.block_k, 1 << (p.k - 1).bit_length())
     least = 64 if p.layout == "wgmma" else 32
@@ -26,8 +32,8 @@ def _adapt(p: Problem, config: Config) -> Config | None:
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     dots = dict(config.extra).get("DOTS", 1)
     return {
-        "EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "AHEAD": False, "DOTS": dots,
-        "WORDS": p.layout == "wgmma" and p.x.get_dtype() == torch.bfloat16,
+        "EVEN_K": p.k % (dots * config.block_k) == 0, "WGMMA": p.layout == "wgmma", "HELD": False, "DOTS": dots,
+        "WORDS": _words(p),
     }
 
 
@@ -72,6 +78,16 @@ INT8_DYNAMIC = Kernel(
     _keywords, _adapt,
 )
 
+# Many rows: 1.7x cuBLAS's bf16 at M = 1024 and 4096 (28672x4096), where a program per tile is 1.5x; 1353 TOP/s at 8192^3.
+P_LARGE = Config(128, 128, 128, 4, 3, programs=2)
+PERSISTENT = Kernel(
+    "persistent",
+    lambda p, card: p.dynamic and p.bits == 8 and p.zero is None and p.k % 16 == 0 and card.arch >= 90,
+    (P_LARGE, replace(P_LARGE, group_m=4), replace(P_LARGE, group_m=16), Config(128, 256, 128, 8, 4, group_m=16, programs=1)),
+    (Default(P_LARGE, waves=4),),
+    lambda p, config: {},
+)
+
 # int8 weights on the left, converted to bf16 in registers; the three ways to wait for a dot are in linear.py.jinja.
 W16 = Config(16, 64, 128, 4, 4, swap=True)
 W32 = Config(32, 64, 128, 4, 4, swap=True)
@@ -81,8 +97,9 @@ W128 = Config(128, 64, 128, 4, 3, swap=True)
 HELD = (("HELD", True),)
 W128_HELD = replace(W128, extra=HELD)
 W256 = Config(256, 64, 64, 4, 3, swap=True, extra=HELD)
-AHEAD = (("DOTS", 2), ("AHEAD", True))
-W_LARGE = Config(128, 128, 64, 4, 2, swap=True, extra=(("DOTS", 2),))  # with AHEAD: not timed yet, so no choice
+W_LARGE = Config(128, 128, 64, 4, 2, swap=True, extra=(("DOTS", 2),))
+# .9x to 1.1x cuBLAS's bf16 from M = 256 on, where the best of the others is .7x to .9x
+W_CARRIED = Config(256, 128, 64, 8, 4, swap=True, carried=True)
 INT8_WEIGHT_ONLY = Kernel(
     "linear", lambda p, card: p.layout == "wgmma",
     (
@@ -90,13 +107,14 @@ INT8_WEIGHT_ONLY = Kernel(
             replace(config, split_k=split)
             for config in (W16, W32, W64, W64_WIDE, W128, W128_HELD, W256) for split in (1, FILL, FILL_TWICE)
         ),
-        W_LARGE,
+        W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL), replace(W_CARRIED, block_m=128, split_k=FILL),
     ),
     (
         Default(replace(W16, split_k=FILL_TWICE), upto=16),
         Default(replace(W32, split_k=FILL_TWICE), upto=32),
         Default(replace(W64, split_k=FILL_TWICE), upto=64),
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
+        Default(W_CARRIED, waves=0.9),
         Default(W256, upto=512, waves=1.5),
         Default(replace(W128_HELD, split_k=FILL_TWICE), upto=512),
         # one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE .72x, .67x)
@@ -104,3 +122,4 @@ INT8_WEIGHT_ONLY = Kernel(
     ),
     _keywords, _adapt,
 )
+KERNELS = (PERSISTENT, INT8_DYNAMIC, INT8_WEIGHT_ONLY, GENERAL)
