@@ -17,7 +17,7 @@ def _words(p: Problem) -> bool:
 
 def _adapt(p: Problem, config: Config) -> Config | None:
     if config.carried and not _words(p):
-        return None  # Triton's own conversion was miscompiled by ptxas 13.5, too (64 hazards in its machine code, wrong on an H100)
+        return None  # ptxas 13.5 miscompiled Triton's own conversion, too: wrong on an H100
     # fp32 operands are four times an int8's bytes in shared memory; tl.dot wants at least 32 of K for int8
     block_k = min(config.block_k, 32 if p.x.get_dtype() == torch.float32 else config.block_k, 1 << (p.k - 1).bit_length())
     least = 64 if p.layout == "wgmma" else 32
