@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -44,6 +44,24 @@ def hint(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
+def _hints(env: Any) -> dict[sympy.Symbol, sympy.Integer]:
+    """The traced values of the symbols that have one."""
+    # renamed in torch 2.11
+    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # type: ignore[no-any-return]
+
+
+def guard_32_bits(inputs: Sequence[Any], counts: Iterable[sympy.Expr]) -> None:
+    """Whether 32 bits tell so many elements apart becomes a guard of Dynamo's, which is still at work on this graph.
+
+    Inductor asks it of every tensor that a Triton kernel reads or writes, and counts `M <= n` as known by itself only.
+    """
+    env = next(value.node.shape_env for value in inputs if isinstance(value, torch.SymInt))
+    most = torch.iinfo(torch.int32).max
+    for count in dict.fromkeys(counts):
+        if count.free_symbols and count.free_symbols <= _hints(env).keys():  # of a symbol without a value it asks nothing
+            env.evaluate_expr(sympy.Le(count, most))
+
+
 @contextmanager
 def sizes_of(
     graph: fx.Graph, packs: Sequence[torch.Tensor], args: Sequence[Any], inputs: Sequence[Any]
@@ -60,12 +78,11 @@ def sizes_of(
     (fake_mode_of,) = private("torch._dynamo.utils", "detect_fake_mode")
     fake = fake_mode_of(inputs)
     env = fake.shape_env
-    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # renamed in torch 2.11
     values = {symbol: sympy.Integer(args[i]) for symbol, i in symbols(graph).items()}
     asked = lambda: (env.counter["ignored_backward_guard"], len(env.guards))  # noqa: E731
     # known to the mode, and alive, while it compiles: else their sizes would be symbols where the user asked for dynamic=True
     static = [fake.from_tensor(pack, static_shapes=True) for pack in packs]
     before = asked()
-    with mock.patch.dict(hints, values), tracing(context(fake)):
+    with mock.patch.dict(_hints(env), values), tracing(context(fake)):
         yield lambda: asked() != before
     del static

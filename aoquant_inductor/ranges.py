@@ -48,13 +48,17 @@ def compile_graph(
         with torch.no_grad(), ir.rows_within(within):
             return _inductor.compile_graph(form(within), values, patches, packs, constant, variant=repr(within))
 
-    bounds = lowering.M_RANGES.get(rewritten.sites[0].value.device.type, ())
+    device = rewritten.sites[0].value.device.type
+    bounds = lowering.M_RANGES.get(device, ())
     if large is not None:
         bounds = tuple(sorted({*bounds, LARGE_M}))
     expr = rewritten.rows if bounds else None
     rows = None if expr is None else shapes.evaluator(expr, shapes.symbols(gm.graph))
     if expr is None or rows is None:
         return build(inputs, None)
+    if device in lowering.M_RANGES:
+        # now, for all ranges: a later one's kernels may read or write what none of the first's does (x itself, a scale per row)
+        shapes.guard_32_bits(inputs, [count for site in rewritten.sites for count in site.elements])
     graphs = _Graphs(form, packs, expr, rows, bounds, build, note)
     graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
     return graphs.call

@@ -105,6 +105,11 @@ class Site:
         return shapes.rows(self.x.meta["example_value"])
 
     @property
+    def elements(self) -> tuple[sympy.Expr, ...]:
+        """How many x[M, K], y[M, N] and what there is once per row have, as its kernel reads and writes them."""
+        return () if self.launch is None else tuple(self.m * size for size in (1, *self.launch.shape))
+
+    @property
     def keys(self) -> tuple[WeightKey, ...]:
         """What the ops that serve it are told about its weight."""
         if self.launch is None:

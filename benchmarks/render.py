@@ -6,7 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,16 @@ class Rendered:
 
 def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None) -> Rendered:
     """The op over `tensors`, alone in a graph on the current GPU; `config`: the kernel and config to take, not the default."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
+    with _forced(*config) if config else contextlib.nullcontext():
+        code, names = lower(lambda *args: op(dict(zip(tensors, args, strict=True))), inputs, fake)
+    return Rendered(op, tensors, code, names)
+
+
+def lower(run: Callable[..., torch.Tensor], inputs: Sequence[Any], fake: FakeTensorMode) -> tuple[str, tuple[str, ...]]:
+    """(Inductor's code for run(*inputs), which are `fake`'s, and what it calls them)."""
     from torch._inductor import config as inductor_config
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
@@ -79,17 +89,11 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
     from torch.fx.experimental.proxy_tensor import make_fx
 
     lowering.install()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
-        run = lambda *args: (op(dict(zip(tensors, args, strict=True))),)  # noqa: E731
-        graph_of = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="real")
-        gm = graph_of(*inputs)
-    with (
-        inductor_config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake),
-        _forced(*config) if config else contextlib.nullcontext(), rows_in_registers(),
-    ):
-        graph = GraphLowering(gm, shape_env=None, example_inputs=inputs, is_inference=True)
+        table = select_decomp_table()
+        gm = make_fx(lambda *args: (run(*args),), decomposition_table=table, tracing_mode="real")(*inputs)
+    with inductor_config.patch(compile_threads=1, fx_graph_cache=False), V.set_fake_mode(fake), rows_in_registers():
+        graph = GraphLowering(gm, shape_env=fake.shape_env, example_inputs=inputs, is_inference=True)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*inputs)
             if graph.wrapper_code is None:
@@ -97,8 +101,7 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
             graph._update_scheduler()
             graph.scheduler.codegen()
             code = graph.wrapper_code.generate(graph.is_inference)[0]
-    names = tuple(node.target for node in gm.graph.find_nodes(op="placeholder"))
-    return Rendered(op, tensors, getattr(code, "value", code), names)
+    return getattr(code, "value", code), tuple(node.target for node in gm.graph.find_nodes(op="placeholder"))
 
 
 class CannotRun(Exception):

@@ -125,6 +125,44 @@ def test_a_compile_that_would_not_hold_for_its_range_is_not_used(
     assert all("plain PyTorch for M of 1..4" in str(layer.kernel) for layer in layers), [layer.kernel for layer in layers]
 
 
+@pytest.mark.parametrize("first", ["a kernel", "a matmul of cuBLAS"])
+def test_a_later_range_may_index_what_the_first_does_not(
+    first: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, graphs: list[Graph]
+) -> None:
+    """Inductor guards on the size of all that a Triton kernel reads and writes: beyond LARGE_M also the scales of x."""
+    original = lowering.BACKENDS["cpu"][0]
+
+    def indexing(p):  # type: ignore[no-untyped-def]
+        from torch._inductor.codegen.triton import TritonScheduling
+
+        if ir.rows_hint(p.m) != 16 or first == "a kernel":
+            assert TritonScheduling.can_use_32bit_indexing(p.m * p.n, [ir.realize(node) for node in p.inputs.values()])
+        return original(p)
+
+    monkeypatch.setitem(lowering.BACKENDS, "cpu", (indexing,))
+    model = nn.Linear(64, 32, dtype=torch.bfloat16).eval()
+    function = compiled(model, "int4wo-32-large8", dynamic=True)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "aoquant_inductor"):
+        for m in (7, 300, 3, 40):
+            function(tokens(m, 64))
+    assert [r.message for r in caplog.records if r.name == "aoquant_inductor"] == []
+    assert len(graphs) == 4
+    assert "to int8" in str(aoquant_inductor.report(function).layers[0].kernel)
+
+
+def test_sizes_that_need_64_bits_make_a_graph_of_their_own() -> None:
+    from torch._dynamo.source import LocalSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env = ShapeEnv()
+    symbol = env.create_symbol(5000, LocalSource("m"), DimDynamic.DYNAMIC)
+    m = env.create_symintnode(symbol, hint=5000, source=LocalSource("m"))
+    free = env.create_unbacked_symint()
+    _inductor_shapes.guard_32_bits([m], [symbol * 1024, symbol * 2**20, free.node.expr * 1024])
+    assert [bool(guard.expr.subs(symbol, 5000)) for guard in env.guards] == [True, True]
+    assert [bool(guard.expr.subs(symbol, 40)) for guard in env.guards] == [True, False]
+
+
 def test_the_cost_of_choosing_is_one_call() -> None:
     import sympy
 
