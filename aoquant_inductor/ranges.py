@@ -54,13 +54,14 @@ def compile_graph(
         bounds = tuple(sorted({*bounds, LARGE_M}))
     expr = rewritten.rows if bounds else None
     rows = None if expr is None else shapes.evaluator(expr, shapes.symbols(gm.graph))
-    if expr is None or rows is None:
+    traced = [*packs, *map(shapes.hint, inputs)]
+    if expr is None or rows is None or any(value is None for value in traced):  # None: mark_unbacked, which has no value yet
         return build(inputs, None)
     if device in lowering.M_RANGES:
         # now, for all ranges: a later one's kernels may read or write what none of the first's does (x itself, a scale per row)
         shapes.guard_32_bits(inputs, [count for site in rewritten.sites for count in site.elements])
     graphs = _Graphs(form, packs, expr, rows, bounds, build, note)
-    graphs.start([*packs, *map(shapes.hint, inputs)], inputs)
+    graphs.start(traced, inputs)
     return graphs.call
 
 

@@ -98,6 +98,17 @@ def test_an_update_reaches_every_range() -> None:
             assert sqnr_db(function(x), model.reference(x)) > 45, m
 
 
+def test_an_m_without_a_value_has_one_graph(graphs: list[Graph]) -> None:
+    model = block()
+    function = compiled(model)
+    x = tokens(7)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    with torch.no_grad():
+        assert sqnr_db(function(x), model.reference(x)) > 45
+    assert len(graphs) == 1
+    assert_counts(aoquant_inductor.report(function), 1)
+
+
 def test_a_compile_that_would_not_hold_for_its_range_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, graphs: list[Graph]
 ) -> None:

@@ -44,13 +44,17 @@ def _gemv_adapt(p: Problem, config: Config) -> Config | None:
 
 GEMV_WIDE = Config(8, 16, 256, 2, 1)
 GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
+GEMV_SHORT = Config(8, 16, 128, 1, 1)
 GEMV = Kernel(
     "int4_gemv", _gemv_fits,
     (
         GEMV_WIDE, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL), Config(8, 32, 256, 2, 1, split_k=8 * FILL),
-        Config(8, 32, 256, 1, 1), Config(8, 16, 512, 1, 1, split_k=16 * FILL), Config(8, 16, 128, 1, 1),
+        Config(8, 32, 256, 1, 1), Config(8, 16, 512, 1, 1, split_k=16 * FILL), GEMV_SHORT,
     ),
-    (Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4), Default(Config(8, 16, 128, 1, 1), upto=4)),
+    (
+        Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4),
+        Default(GEMV_SHORT, upto=4),
+    ),
     _keywords, _gemv_adapt,
 )
 
@@ -98,10 +102,10 @@ LARGE = (
 SUMS = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and not _one_sum(p),
     (
-        L16, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
+        L16, L16_LONG, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
         Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128), *LARGE,
     ),
-    _linear_defaults(L16, L32, L64_WIDE, L64, L128), _keywords,
+    (Default(L16_LONG, upto=16, waves=2), *_linear_defaults(L16, L32, L64_WIDE, L64, L128)), _keywords,
 )
 L32_LONG = Config(32, 64, 256, 4, 3, split_k=FILL_TWICE)
 S16, S32, S64_WIDE, S64, S128 = (_scaled(config) for config in (L16_LONG, L32_LONG, L64_WIDE, L64, L128))
@@ -140,14 +144,19 @@ def _dynamic(groups: bool, configs: tuple[Config, ...], defaults: tuple[Default,
 DYNAMIC_ROW = _dynamic(
     False, (D16, D64, D256_WIDE, D256, D_LARGE, D_SMALL, Config(64, 128, 256, 4, 3), Config(128, 128, 128, 4, 3)),
     (
-        Default(D16, upto=16), Default(D64, upto=64), Default(D256_WIDE, upto=256, waves=1.5), Default(D256, upto=256),
-        Default(D_LARGE), Default(D_SMALL),
+        Default(D16, upto=16), Default(D_SMALL, upto=64, waves=1.5), Default(D64, upto=64),
+        Default(D256_WIDE, upto=256, waves=1.5), Default(D256, upto=256), Default(D_LARGE), Default(D_SMALL),
     ),
 )
 G16 = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
+G_LARGE = Config(64, 128, 128, 8, 4)
 DYNAMIC_GROUPS = _dynamic(
-    True, (G16, D_SMALL, D256, Config(64, 128, 128, 8, 4), Config(64, 64, 256, 4, 3, split_k=FILL_TWICE)),
-    (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256)),
+    True,
+    (
+        G16, D_SMALL, D256, G_LARGE, replace(G_LARGE, block_k=256, num_stages=3), D_LARGE,
+        Config(64, 64, 256, 4, 3, split_k=FILL_TWICE),
+    ),
+    (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256, upto=256), Default(G_LARGE, waves=0.9), Default(D256)),
 )
 KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
 

@@ -59,12 +59,13 @@ D16 = Config(16, 64, 256, 4, 4, swap=True)
 D64_WIDE = Config(64, 64, 128, 4, 5, swap=True)
 D64 = Config(64, 32, 256, 4, 4)
 D256 = Config(64, 64, 128, 4, 5)
+D512 = Config(64, 128, 128, 8, 4, swap=True)
 D_LARGE = Config(128, 128, 128, 4, 3, group_m=16)
 INT8_DYNAMIC = Kernel(
     "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
     (
         *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64, D256) for split in (1, FILL, FILL_TWICE)),
-        D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True), Config(128, 64, 128, 4, 4),
+        D512, D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True), Config(128, 64, 128, 4, 4),
     ),
     (
         Default(replace(D16, split_k=FILL_TWICE), upto=16, k=8192),
@@ -73,6 +74,7 @@ INT8_DYNAMIC = Kernel(
         Default(replace(D64, split_k=FILL_TWICE), upto=64, k=8192),
         Default(replace(D64, split_k=FILL), upto=64),
         Default(D_LARGE, waves=1.5),
+        Default(replace(D256, split_k=FILL_TWICE), upto=256), Default(D512, waves=0.9),
         Default(replace(D256, split_k=FILL_TWICE)),
     ),
     _keywords, _adapt,
