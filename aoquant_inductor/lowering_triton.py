@@ -52,13 +52,16 @@ def default(p: Problem, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Conf
 
 
 def search(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[Kernel, Config]]:
-    """Every config of every kernel that can run, each once."""
+    """Every config of every kernel that can run and whose tile is about as high as there are rows, each once."""
     found: dict[tuple[str, Config], tuple[Kernel, Config]] = {}
     for kernel in kernels:
         for wanted in kernel.configs:
             if (config := kernel.config(p, card, wanted)) is not None:
                 found.setdefault((kernel.template, config), (kernel, config))
-    return list(found.values())
+    rows = 1 << (ir.rows_hint(p.m) - 1).bit_length()
+    # a compile of a config that cannot win takes as long as one of the winner
+    near = [one for key, one in found.items() if min(rows // 4, 64) <= key[1].block_m <= max(16, 2 * rows)]
+    return near or list(found.values())
 
 
 def _select(
