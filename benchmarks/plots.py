@@ -97,7 +97,7 @@ def linear(results: Path) -> Iterator[Plot]:
 
 def kernels(results: Path) -> Iterator[Plot]:
     """The best config of each kernel alone, as `benchmarks.tune` found it."""
-    for path in sorted(p for p in results.glob("*.tune.csv") if not p.name.endswith(".int4.tune.csv")):
+    for path in sorted(results.glob("*.tune.csv")):
         best = best_configs(path)
         panels = []
         for shape in dict.fromkeys(shape for _, shape, _ in best):
@@ -107,6 +107,7 @@ def kernels(results: Path) -> Iterator[Plot]:
                 for s in schemes
             )
             panels.append(Panel(shape, tuple(line for line in lines if len(line.points) > 1)))
+        panels = [panel for panel in panels if panel.lines]
         yield Plot(
             f"{_card(path)}.kernels", "Kernels alone, best config, without the quantization of activations",
             "speed against cuBLAS in bf16", origin(list(best.values())), tuple(panels),

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import plots as made
 from benchmarks.bench_profile import MAKERS
 from benchmarks.measure import RESULTS
-from benchmarks.rows import Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in, tune_files
+from benchmarks.rows import Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in
 
 README = RESULTS.parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- table: ([\w .:*-]+?) -->\n).*?(<!-- end -->)", re.S)
@@ -101,8 +101,7 @@ def tune(card: str, *shapes: str) -> str:
             cells = [best.get((scheme, shape, m)) for m in ms]
             text = ["-" if c is None else f"{float(c['us']):.1f} us, {_ratio(float(c['ratio']))}" for c in cells]
             table.append([f"{scheme}, {shape}", *text])
-    sources = [source(newest(one, "scheme", "n", "k", "m", "config"), one) for one in tune_files(path)]
-    return markdown(["M =", *map(str, ms)], sorted(table)) + "".join(sources)
+    return markdown(["M =", *map(str, ms)], sorted(table)) + source(list(best.values()), path)
 
 
 def _ratio(r: float) -> str:

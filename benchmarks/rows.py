@@ -34,19 +34,12 @@ def linears(path: Path) -> list[Row]:
     return list(found.values())
 
 
-def tune_files(path: Path) -> list[Path]:
-    """<card>.tune.csv and what lies beside it of the same card."""
-    return [one for one in (path, path.with_name(path.name.replace(".tune.", ".int4.tune."))) if one.exists()]
-
-
 def best_configs(path: Path) -> dict[tuple[str, str, int], Row]:
     """(scheme, NxK, M) -> the fastest config that was right."""
-    files = tune_files(path)
-    rows = [row for one in files for row in newest(one, "scheme", "n", "k", "m", "kernel", "config") if row["us"]]
+    rows = [row for row in newest(path, "scheme", "n", "k", "m", "kernel", "config") if row["us"]]
     best: dict[tuple[str, str, int], Row] = {}
     for row in sorted(rows, key=lambda row: -float(row["us"])):
-        # a carried sum needs a newer ptxas than Triton brings
-        if row["kernel"] != "bf16" and "wrong" not in row["note"].lower() and "carried" not in row["config"]:
+        if row["kernel"] != "bf16" and "wrong" not in row["note"].lower():
             best[row["scheme"], f"{row['n']}x{row['k']}", int(row["m"])] = row
     return best
 
