@@ -89,9 +89,8 @@ def static_placeholder(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.No
     return node
 
 
-def _freezing(packs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+def _freezing(inner: Callable[..., Any], packs: Sequence[torch.Tensor]) -> Callable[..., Any]:
     """inner_compile that turns the first len(packs) inputs into constants of the graph and drops them from its arguments."""
-    (inner,) = private("torch._inductor.compile_fx", "compile_fx_inner")
     enter_freezing, record = private("torch._inductor.freezing_utils", "enter_freezing", "record_has_frozen_params")
     (replace,) = private("torch._inductor.constant_folding", "replace_node_with_constant")
     (fake_mode_of,) = private("torch._dynamo.utils", "detect_fake_mode")
@@ -170,14 +169,17 @@ def compile_graph(
     everything = [*packs, *inputs]
     if not packs:
         return compile_fx(gm, everything, config_patches=dict(patches))  # type: ignore[no-any-return]
+    from aoquant_inductor import _inductor_machine as machine
     from aoquant_inductor._inductor_reduction import quantizing
 
     (functorch_config,) = private("torch._functorch", "config")
     (innermost,) = private("torch._dynamo.eval_frame", "innermost_fn")
-    kwargs = {"inner_compile": _freezing(packs)} if constant else {}
+    (inner,) = private("torch._inductor.compile_fx", "compile_fx_inner")
+    inner, variant = machine.guarded(inner, packs), variant + machine.assembler(packs)
+    inner = _freezing(inner, packs) if constant else inner
     # AOTAutograd's cache sees neither inner_compile nor the constants
     with functorch_config.patch(enable_autograd_cache=False), quantizing(gm.graph):
-        compiled = compile_fx(gm, everything, config_patches=_with_version(patches, variant), **kwargs)
+        compiled = compile_fx(gm, everything, inner_compile=inner, config_patches=_with_version(patches, variant))
     # Dynamo wraps what a backend returns in torch.compiler.disable; once is enough, and a layer costs 2 us per call.
     return innermost(compiled)  # type: ignore[no-any-return]
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from aoquant_inductor import _inductor_machine as machine
+
 UNKNOWN = (0, 0)
+SAFE_PTXAS = (13, 3)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,13 @@ class Card:
     sms: int
     shared: int
     ptxas: tuple[int, int]
+
+    @property
+    def may_carry(self) -> bool:
+        """Whether `carried` configs (templates/kernel.py) may run: by an assembler that may be right about them, whose code is
+        checked.
+        """
+        return self.arch == 0 or (self.ptxas >= SAFE_PTXAS and machine.readable())
 
     @classmethod
     def of(cls, device: torch.device) -> Card:
@@ -36,17 +46,18 @@ class Card:
 
 
 def ptxas_version(arch: int) -> tuple[int, int]:
-    """(13, 5) for the ptxas that Triton uses for sm_<arch>: its own, or what TRITON_PTXAS_PATH names."""
+    """(13, 5) for the ptxas that Triton uses for sm_<arch>: its own, or what the environment names in its place."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
-        return _version(get_ptxas(arch).path)
+        return version_of(get_ptxas(arch).path)
     except (ImportError, AttributeError, RuntimeError):
         return UNKNOWN
 
 
 @functools.cache
-def _version(path: str) -> tuple[int, int]:
+def version_of(path: str) -> tuple[int, int]:
+    """(13, 5) of the ptxas at `path`, UNKNOWN if it does not tell."""
     try:
         text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):

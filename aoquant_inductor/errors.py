@@ -112,6 +112,28 @@ class CheckpointError(AoquantError, ValueError):
         return f"{self.file}: {self.why}"
 
 
+class UnsafeMachineCode(AoquantError, RuntimeError):
+    """ptxas made wrong machine code of `kernel`, with these `hazards`; without any, it could not be read."""
+
+    def __init__(self, kernel: str, hazards: Sequence[str]) -> None:
+        super().__init__(kernel, list(hazards))
+        self.kernel, self.hazards = kernel, list(hazards)
+
+    def __str__(self) -> str:
+        why = f"cannot be read, so that nobody knows whether it is right: {self.kernel} does not run."
+        if self.hazards:
+            why = (
+                f"changes registers that the tensor core still reads, at {len(self.hazards)} places of {self.kernel}, first "
+                f'"{self.hazards[0]}": its results would be wrong.'
+            )
+        return (
+            f"the machine code that ptxas made {why} Start Python with another one in TRITON_PTXAS_PATH (newer versions of "
+            "Triton read TRITON_PTXAS_BLACKWELL_PATH): what `python -m aoquant_inductor.ptxas` prints after "
+            '`pip install -U "aoquant-inductor[cuda]"`; or one older than 13.3, as Triton\'s own may be, and other kernels are '
+            "taken."
+        )
+
+
 class UnsupportedTorch(AoquantError, ImportError):
     """The installed torch is not one aoquant runs on."""
 

@@ -17,7 +17,6 @@ FOLDER = Path(__file__).parent
 FILL, FILL_TWICE = -1, -2
 ANY = 1 << 62
 MAX_SPLIT = 16
-SAFE_PTXAS = (13, 3)
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Config:
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
     each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
-    although a converted weight feeds the tensor core from registers, which a ptxas before SAFE_PTXAS may miscompile. programs:
-    so many for a multiprocessor, each with one tile after the other; 0 is one for every tile. extra: further constants.
+    although a converted weight feeds the tensor core from registers, which a ptxas before 13.3 miscompiles. programs: so
+    many for a multiprocessor, each with one tile after the other; 0 is one for every tile. extra: further constants.
     """
 
     block_m: int
@@ -94,7 +93,7 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         config = self.adapt(p, wanted)
-        if wanted.carried and card.arch > 0 and card.ptxas < SAFE_PTXAS:
+        if wanted.carried and not card.may_carry:
             return None
         while config is not None and _shared(p, config) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None

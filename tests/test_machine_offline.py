@@ -1,0 +1,78 @@
+"""What two versions of ptxas make of the carried configs: the new one no hazard, the old one many."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import offline
+from test_triton_offline import distinct
+
+from aoquant_inductor import card, ptxas
+from aoquant_inductor.machine_code import disassemble, hazards
+from aoquant_inductor.templates import Config, Kernel, int4, linear
+
+NEWER = ptxas.installed()
+SCHEMES = {
+    "int8wo": linear.INT8_WEIGHT_ONLY, "int4wo-128": int4.SUMS, "int4wo-128-asym": int4.SUMS, "int4wo-32-asym": int4.ONE_SUM,
+    "int4wo-row": int4.ONE_SUM, "int4wo-64-asymfloat": int4.ONE_SUM,
+}
+CARRIED = [(scheme, kernel, config) for scheme, kernel in SCHEMES.items() for config in distinct(kernel) if config.carried]
+needs_newer = pytest.mark.skipif(NEWER is None, reason="no ptxas of nvidia-cuda-nvcc, of the extra dev")
+
+
+@contextlib.contextmanager
+def assembler(path: Path, folder: Path) -> Iterator[None]:
+    """Triton assembles with this ptxas, and takes nothing from its cache that another one made."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    get_ptxas_version.cache_clear()
+    variables = dict.fromkeys(ptxas.VARIABLES, str(path)) | {"TRITON_CACHE_DIR": str(folder / str(card.version_of(str(path))))}
+    try:
+        with mock.patch.dict(os.environ, variables):
+            yield
+    finally:
+        get_ptxas_version.cache_clear()
+
+
+def machine_code(rendered: offline.Rendered, folder: Path) -> str:
+    built = offline.assemble(rendered.code, folder)
+    assert "serializ" not in offline.ptxas_log(built, folder)
+    text = disassemble(built.asm["cubin"])
+    assert text is not None and re.search(r"HGMMA\.64x\d+x16\.F32\.BF16 R\d+, R\d+, gdesc", text)
+    return text
+
+
+@needs_newer
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scheme", "kernel", "config"), CARRIED, ids=lambda v: str(v) if isinstance(v, Config) else "")
+def test_a_new_ptxas_makes_every_carried_config_right(scheme: str, kernel: Kernel, config: Config, bias: bool, tmp_path: Path) -> None:
+    assert NEWER is not None and card.version_of(str(NEWER)) >= card.SAFE_PTXAS
+    with assembler(NEWER, tmp_path):
+        rendered = offline.render(scheme, 256, 256, 2048, torch.bfloat16, bias=bias, config=(kernel, config))
+        assert hazards(machine_code(rendered, tmp_path)) == []
+
+
+@needs_newer
+@pytest.mark.parametrize(("scheme", "kernel", "config"), [("int8wo", linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int4wo-128", int4.SUMS, int4.L_CARRIED)])
+def test_an_old_ptxas_does_not(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    import triton
+
+    old = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    if not card.UNKNOWN < card.version_of(str(old)) < card.SAFE_PTXAS:
+        pytest.skip("Triton brings no old ptxas")
+    assert NEWER is not None
+    with assembler(NEWER, tmp_path):
+        rendered = offline.render(scheme, 256, 256, 2048, torch.bfloat16, bias=False, config=(kernel, config))
+    with assembler(old, tmp_path):
+        assert len(hazards(machine_code(rendered, tmp_path))) > 10
+        with pytest.raises(Exception, match="CannotRun"):
+            offline.render(scheme, 256, 256, 2048, torch.bfloat16, bias=False, config=(kernel, config))
