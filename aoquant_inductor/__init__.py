@@ -17,6 +17,7 @@ from aoquant_inductor.errors import (
     ReleasedWeights,
     UnknownScheme,
     UnmatchedPattern,
+    UnsafeMachineCode,
     UnsupportedLayers,
     UnsupportedTorch,
 )
@@ -26,8 +27,8 @@ from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 __version__ = "0.1.0"
 __all__ = [
     "SCHEMES", "AoquantError", "CheckpointError", "ConflictingSchemes", "NothingQuantized", "OptionError", "QuantSpec",
-    "ReleasedWeights", "Scheme", "UnknownScheme", "UnmatchedPattern", "UnsupportedLayers", "UnsupportedTorch", "load", "plan",
-    "refresh", "report", "restore",
+    "ReleasedWeights", "Scheme", "UnknownScheme", "UnmatchedPattern", "UnsafeMachineCode", "UnsupportedLayers",
+    "UnsupportedTorch", "load", "plan", "refresh", "report", "restore",
 ]
 
 register()

@@ -65,8 +65,8 @@ def check(compiled: Any) -> None:
     source = getattr(compiled, "source_code", None) or ""
     if CARRIED not in source:
         return
-    (tasks,) = private("torch._inductor.runtime", "compile_tasks")
-    module = sys.modules.get(f"{tasks.__name__}.{compiled.cache_key}")
+    (load,) = private("torch._inductor.runtime.compile_tasks", "_reload_python_module")
+    module = sys.modules.get(f"{load.__module__}.{compiled.cache_key}")
     try:
         for name in carried(source) or ["a kernel"]:
             _check_kernel(name, getattr(module, name, None))
@@ -77,9 +77,8 @@ def check(compiled: Any) -> None:
 
 def carried(source: str) -> list[str]:
     """The carried kernels of a module that Inductor wrote, by their names there."""
-    starts = list(re.finditer(r"^(\w+) = async_compile\.triton\(", source, re.M))
-    ends = [*(start.start() for start in starts[1:]), len(source)]
-    return [start.group(1) for start, end in zip(starts, ends, strict=True) if CARRIED in source[start.end() : end]]
+    _, *parts = re.split(r"^(\w+) = async_compile\.triton\(", source, flags=re.M)
+    return [name for name, text in zip(parts[::2], parts[1::2], strict=True) if CARRIED in text]
 
 
 def _check_kernel(name: str, tuner: Any) -> None:
@@ -102,7 +101,7 @@ def _cubin(result: Any) -> bytes | None:
     """Of one compile result: of Triton, or of Inductor's own launcher, which drops it from memory once it is on the card."""
     kernel: Any = getattr(result, "kernel", None)
     asm: Any = getattr(kernel, "asm", None) or {}
-    found = asm["cubin"] if "cubin" in asm else getattr(kernel, "cubin_raw", None)  # noqa: SIM401: Triton's own kind of dict
+    found = asm["cubin"] if "cubin" in asm else getattr(kernel, "cubin_raw", None)
     if found is not None:
         return bytes(found)
     try:

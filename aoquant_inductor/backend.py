@@ -131,6 +131,8 @@ def _compile(
         function = ranges.compile_graph(rewritten, rest, patches, is_constant, note)
     for site in sites:
         site.name_kernel(kernels)
+        if site.packed is not None:
+            journal.hint(lowering.hint(site.value.device, site.packed.layout, site.out_dtype))
     if not is_constant:
         weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]

@@ -120,17 +120,16 @@ class UnsafeMachineCode(AoquantError, RuntimeError):
         self.kernel, self.hazards = kernel, list(hazards)
 
     def __str__(self) -> str:
-        why = f"cannot be read, so that nobody knows whether it is right: {self.kernel} does not run."
+        text = f"the machine code of {self.kernel} cannot be read, so that nobody knows whether ptxas made it right."
         if self.hazards:
-            why = (
-                f"changes registers that the tensor core still reads, at {len(self.hazards)} places of {self.kernel}, first "
-                f'"{self.hazards[0]}": its results would be wrong.'
+            text = (
+                f"ptxas made machine code of {self.kernel} that touches registers which the tensor core still works on, at "
+                f'{len(self.hazards)} places, first "{self.hazards[0]}": its results would be wrong.'
             )
         return (
-            f"the machine code that ptxas made {why} Start Python with another one in TRITON_PTXAS_PATH (newer versions of "
-            "Triton read TRITON_PTXAS_BLACKWELL_PATH): what `python -m aoquant_inductor.ptxas` prints after "
-            '`pip install -U "aoquant-inductor[cuda]"`; or one older than 13.3, as Triton\'s own may be, and other kernels are '
-            "taken."
+            f"{text} Set TRITON_PTXAS_PATH before Python starts (TRITON_PTXAS_BLACKWELL_PATH if Triton reads that for this "
+            'card) to what `python -m aoquant_inductor.ptxas` prints after `pip install -U "aoquant-inductor[cuda]"`; or to a '
+            "ptxas older than 13.3, with which other kernels are taken."
         )
 
 

@@ -39,6 +39,9 @@ QUANTIZING: dict[str, Callable[[Problem, Callable[[], tuple[str, Any]]], tuple[s
 TOGETHER: frozenset[str] = frozenset(["cuda", "xpu"])
 """device types where linears that read one activation are worth one launch (siblings.py)."""
 
+HINTS: dict[str, Callable[[torch.device, str, torch.dtype], str | None]] = {"cuda": triton.hint}
+"""device type -> (device, layout, dtype of x) of a linear -> what its user can do for a faster kernel."""
+
 M_RANGES: dict[str, tuple[int, ...]] = {"cuda": (16, 64, 256), "xpu": (16, 64, 256)}
 """device type -> the last M of each range but the last, where no kernel serves every M, as the CPU's do."""
 
@@ -53,6 +56,11 @@ def recording() -> Iterator[Kernels]:
         yield kernels
     finally:
         _recording.reset(token)
+
+
+def hint(device: torch.device, layout: str, dtype: torch.dtype) -> str | None:
+    """What the user can do for faster kernels of such linears."""
+    return HINTS[device.type](device, layout, dtype) if device.type in HINTS else None
 
 
 def _choose(problem: Problem) -> tuple[str, Any]:

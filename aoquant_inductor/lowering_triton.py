@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from aoquant_inductor import _inductor_choices as inductor
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import lowering_portable as portable
-from aoquant_inductor.card import Card
+from aoquant_inductor.card import SAFE_PTXAS, UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel
 
@@ -23,6 +25,16 @@ def quantizing(p: Problem, apart: Callable[[], tuple[str, Any]]) -> tuple[str, A
     kernels, which a search measures with the default of the second.
     """
     return _linear(p, QUANTIZING, inductor.Reference(p.call, apart, portable=False))
+
+
+def hint(device: torch.device, layout: str, dtype: torch.dtype) -> str | None:
+    """That a newer ptxas would allow carried configs (templates/kernel.py), where the linear has them."""
+    card = Card.of(device)
+    carried = card.arch == 90 and dtype == torch.bfloat16 and layout in ("wgmma", "cuda_bf16")
+    if not carried or not UNKNOWN < card.ptxas < SAFE_PTXAS:
+        return None
+    own, wanted = (".".join(map(str, version)) for version in (card.ptxas, SAFE_PTXAS))
+    return f'ptxas {own}: faster kernels for many rows need {wanted} (pip install "aoquant-inductor[cuda]", see its README).'
 
 
 def _linear(p: Problem, known: Sequence[Kernel], reference: inductor.Reference) -> tuple[str, Any] | None:

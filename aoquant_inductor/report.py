@@ -100,7 +100,7 @@ class Report:
         }
 
     def summary(self) -> str:
-        """`quantized 224 of 225 linears (int4wo-128: 224; lm_head: user), 13.5 GB -> 3.6 GB`."""
+        """`quantized 224 of 225 linears (int4wo-128: 224; lm_head: user), 13.5 GB -> 3.6 GB`, and a line for every hint."""
         t = self.totals
         parts = [f"{scheme}: {count}" for scheme, count in t["schemes"].items()]
         skipped = [layer for layer in self.layers if layer.status == SKIPPED]
@@ -109,7 +109,8 @@ class Report:
         else:
             parts += [f"{reason}: {count}" for reason, count in t["reasons"].items()]
         sizes = f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])}"
-        return f"quantized {t['quantized']} of {t['linears']} linears ({'; '.join(parts)}), {sizes}"
+        line = f"quantized {t['quantized']} of {t['linears']} linears ({'; '.join(parts)}), {sizes}"
+        return "\n".join([line, *t.get("hints", ())])
 
     def to_json(self) -> str:
         layers = [
@@ -179,6 +180,7 @@ class Log:
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
+        self.hints: list[str] = []  # what the user can do for faster kernels
         self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
         self.pack_seconds = 0.0
         self.compile_seconds = 0.0
@@ -190,6 +192,11 @@ class Log:
         self.compiled.add(tuple(layer.name for layer in graph.layers))
         self.entries += entries
         log.info(graph.summary())
+
+    def hint(self, text: str | None) -> None:
+        """Of one linear; the same is said once."""
+        if text is not None and text not in self.hints:
+            self.hints.append(text)
 
     def kernel_notes(self, layers: Sequence[tuple[Layer, Sequence[Any]]]) -> Callable[[Mapping[Any, set[str]] | str], None]:
         """layers: with the keys of their pack -> a function that notes the kernels of a graph compiled later, by such keys, or
@@ -216,6 +223,7 @@ class Log:
                 "compile_seconds": round(self.compile_seconds, 3),
                 "staleness_check": native.state(),
                 "unmatched": self.unmatched,
+                "hints": self.hints,
                 **versions(),
             },
         )

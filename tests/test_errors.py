@@ -15,6 +15,7 @@ from aoquant_inductor.errors import (
     OptionError,
     UnknownScheme,
     UnmatchedPattern,
+    UnsafeMachineCode,
     UnsupportedTorch,
 )
 from aoquant_inductor.options import OWN_KEYS, parse
@@ -74,6 +75,13 @@ def test_unmatched_pattern_without_linears_names_no_nearest() -> None:
     )
 
 
+OTHER_PTXAS = (
+    "Set TRITON_PTXAS_PATH before Python starts (TRITON_PTXAS_BLACKWELL_PATH if Triton reads that for this card) to what "
+    '`python -m aoquant_inductor.ptxas` prints after `pip install -U "aoquant-inductor[cuda]"`; or to a ptxas older than 13.3, with '
+    "which other kernels are taken."
+)
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -95,6 +103,15 @@ def test_unmatched_pattern_without_linears_names_no_nearest() -> None:
         (UnknownScheme("x", "", None, ("a", "b")), 'unknown scheme "x". Known: a, b.'),
         (UnmatchedPattern({"x": "y"}, 1), '"x" names none of the 1 linears. Nearest: y. '
          'Set on_unmatched="warn" to go on.'),
+        (
+            UnsafeMachineCode("triton_tem_0", ["0x20 MOV R9, R2", "0x30 MOV R8, R2"]),
+            "ptxas made machine code of triton_tem_0 that touches registers which the tensor core still works on, at 2 places, "
+            'first "0x20 MOV R9, R2": its results would be wrong. ' + OTHER_PTXAS,
+        ),
+        (
+            UnsafeMachineCode("triton_tem_0", []),
+            "the machine code of triton_tem_0 cannot be read, so that nobody knows whether ptxas made it right. " + OTHER_PTXAS,
+        ),
         (OptionError("as given"), "as given"),
         (UnsupportedTorch("as given"), "as given"),
     ],
@@ -112,6 +129,7 @@ def test_text_survives_pickling(error: AoquantError, text: str) -> None:
         (UnmatchedPattern, ValueError),
         (NothingQuantized, ValueError),
         (ConflictingSchemes, ValueError),
+        (UnsafeMachineCode, RuntimeError),
         (UnsupportedTorch, ImportError),
     ],
 )

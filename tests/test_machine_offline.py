@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import offline
 from test_triton_offline import distinct
 
-from aoquant_inductor import card, ptxas
+from aoquant_inductor import _inductor_machine, card, ptxas
 from aoquant_inductor.machine_code import disassemble, hazards
 from aoquant_inductor.templates import Config, Kernel, int4, linear
 
@@ -76,3 +76,33 @@ def test_an_old_ptxas_does_not(scheme: str, kernel: Kernel, config: Config, tmp_
         assert len(hazards(machine_code(rendered, tmp_path))) > 10
         with pytest.raises(Exception, match="CannotRun"):
             offline.render(scheme, 256, 256, 2048, torch.bfloat16, bias=False, config=(kernel, config))
+
+
+@needs_newer
+@pytest.mark.parametrize("static", [False, True], ids=["Triton's launcher", "Inductor's"])
+def test_the_check_finds_the_machine_code_of_what_inductor_compiled(static: bool, tmp_path: Path) -> None:
+    from torch._inductor import config
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+
+    assert NEWER is not None
+    with assembler(NEWER, tmp_path), config.patch(use_static_triton_launcher=static):
+        plain, rendered = (
+            offline.render("int8wo", 256, 256, 2048, torch.bfloat16, config=(linear.INT8_WEIGHT_ONLY, taken))
+            for taken in (linear.W128, linear.W_CARRIED)
+        )
+        assert _inductor_machine.carried(plain.code) == []
+        (name,) = _inductor_machine.carried(rendered.code)
+        source = re.search(rf"{name} = async_compile\.triton\('{name}', '''(.*?)''', device_str", rendered.code, re.S)
+        assert source is not None
+        with offline.pretended_gpu(), mock.patch.object(triton_helpers, "set_driver_to_gpu"):
+            PyCodeCache.cache_clear()
+            tuner = getattr(PyCodeCache.load(source.group(1)), name)
+            tuner._precompile_worker()
+            (result,) = tuner.compile_results
+            cubin = _inductor_machine._cubin(result)
+            assert cubin is not None and (type(result).__name__ == "StaticTritonCompileResult") == static
+            if static:  # as it is once the kernel is on the card
+                result.kernel.cubin_path = result.kernel.cubin_raw = None
+                assert _inductor_machine._cubin(result) == cubin
+            _inductor_machine._check_kernel(name, tuner)
