@@ -1,4 +1,4 @@
-"""The fifth part of `_inductor`: the machine code of the kernels that Inductor compiled.
+"""The part of `_inductor` about the machine code of the kernels that Inductor compiled.
 
 A `carried` config (templates/kernel.py) is right only if ptxas made it so, and what counts is the kernel that runs: with its
 epilogue it is another program than the one that was measured, and a compile worker may have used another ptxas.
