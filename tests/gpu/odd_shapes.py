@@ -10,13 +10,15 @@ import aoquant_inductor
 
 SCHEMES = ("int8wo", "int8wo-64", "int8dq-asymact", "int4wo-128-asym", "int4wo-32-asym", "int8dq-int4w", "int8dq-int4w-128-asym")
 SHAPES = ((33, 64), (203, 1040), (71, 2112))
+MANY = ("int8dq-asymact", (4231, 1040), 2051)
+"""Tiles enough for programs that each have several."""
 
 
 def main() -> None:
     kernels = set()
-    for scheme in SCHEMES:
-        model = nn.ModuleList(nn.Linear(k, n, device="cuda", dtype=BF16) for n, k in SHAPES).eval().requires_grad_(False)
-        for m in (1, 3, 17, 130):
+    for scheme, shapes, ms in (*((scheme, SHAPES, (1, 3, 17, 130)) for scheme in SCHEMES), (MANY[0], (MANY[1],), (MANY[2],))):
+        model = nn.ModuleList(nn.Linear(k, n, device="cuda", dtype=BF16) for n, k in shapes).eval().requires_grad_(False)
+        for m in ms:
             torch.compiler.reset()
             for linear in model:
                 function = compiled(linear, scheme, dynamic=False)

@@ -59,6 +59,22 @@ def test_weight_only_sums_are_exact(m: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize(("scheme", "n", "k"), [("int8dq", 4099, 1040), ("int8dq-asymact", 4224, 704), ("int8dq", 4096, 16)])
+def test_programs_with_many_tiles_are_exact(scheme: str, n: int, k: int, mode: str | None) -> None:
+    linear = integers(n, k)
+    function = compiled(linear, scheme, dynamic=True, **({"mode": mode} if mode else {}))
+    for seed, m in enumerate((5000, 5000, 4500, 7777)):
+        x = tokens(m, k, seed, 127)
+        if scheme == "int8dq-asymact":  # a range of 255 from zero has a scale of 1
+            x = x.abs()
+            x[:, 0] = 255
+        with torch.no_grad():
+            assert torch.equal(function(x).clone(), expected(x, linear)), m
+    report = aoquant_inductor.report(function)
+    assert report.totals["quantized"] == 1 and "persistent W8A8" in str(report.layers[0].kernel), str(report)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact"])
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 def test_few_rows_quantize_in_the_matmul_exactly(m: int, scheme: str, mode: str | None) -> None:
