@@ -20,6 +20,7 @@ if torch.cuda.is_available():
 import offline
 
 from aoquant_inductor import card
+from aoquant_inductor._inductor_choices import EARLY
 from aoquant_inductor.templates import Config, Kernel, gemv, int4, linear
 
 INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8", 100: "(tcgen05.mma.*|m16n8k32.*s32.s8.s8)"}
@@ -212,21 +213,32 @@ def test_the_backward_dequantizes_and_multiplies(scheme: str, dtype: torch.dtype
     assert "aoquant.linear_grad.default(" not in rendered.code
 
 
+EARLY_CASES = [
+    (scheme, m, "triton.enable_pdl") for scheme in ("int8wo", "int8dq", "int4wo-128", "int4wo-32", "int8dq-int4w-128") for m in (1, 16, 64)
+] + [("int8wo", 1, "triton.cudagraphs")]
+
+
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int4wo-32", "int8dq-int4w-128"])
-@pytest.mark.parametrize("m", [1, 64])
-def test_kernels_overlap_only_where_asked_and_wait_before_they_read(m: int, scheme: str, arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "m", "asked"), EARLY_CASES)
+def test_kernels_of_few_rows_overlap_where_asked_and_wait_before_they_read(
+    scheme: str, m: int, asked: str, arch: int, tmp_path: Path
+) -> None:
     from torch._inductor import config
 
-    plain = offline.render(scheme, m, 512, 1024, torch.bfloat16, arch=arch)
-    with config.patch({"triton.enable_pdl": True}):
-        early = offline.render(scheme, m, 512, 1024, torch.bfloat16, arch=arch)
-    assert "gdc_" not in plain.code and "'launch_pdl': True" not in plain.code
-    if arch < 90:
-        assert "gdc_" not in early.code and "'launch_pdl': True" not in early.code
+    def ours(code: str) -> str:
+        (text,) = (part for part in code.split("async_compile.triton(")[1:] if part.startswith("'triton_tem"))
+        return text
+
+    plain = ours(offline.render(scheme, m, 512, 1024, torch.bfloat16, arch=arch).code)
+    with config.patch({asked: True}):
+        rendered = offline.render(scheme, m, 512, 1024, torch.bfloat16, arch=arch)
+    early = ours(rendered.code)
+    assert "gdc_" not in plain and "'launch_pdl': True" not in plain
+    if arch < 90 or m > EARLY:
+        assert "gdc_" not in early and "'launch_pdl': True" not in early
         return
-    assert "'launch_pdl': True" in early.code
-    ptx = offline.assemble(early.code, tmp_path, arch).asm["ptx"]
+    assert "'launch_pdl': True" in early
+    ptx = offline.assemble(rendered.code, tmp_path, arch).asm["ptx"]
     wait, release = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
     assert wait < min(ptx.index(word) for word in ("ld.global", "cp.async") if word in ptx)
     assert wait < release < ptx.rindex("st.global")

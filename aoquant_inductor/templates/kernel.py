@@ -146,5 +146,5 @@ def common_keywords(p: Problem) -> dict[str, Any]:
     has = {f"HAS_{name}": name in p.inputs for name in ("XS", "XZ", "WSUM", "WZ", "BIAS")}
     return {
         "BITS": p.bits, "GROUPS": p.groups, "GROUP": p.group_size, "DYNAMIC": p.dynamic,
-        "ZERO_POINT_INT": p.zero_point == "int", "PDL": inductor.early_launch(p.device), **has,
+        "ZERO_POINT_INT": p.zero_point == "int", "PDL": inductor.early_launch(p.device, p.m), **has,
     }
