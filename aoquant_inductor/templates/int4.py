@@ -88,10 +88,10 @@ L_CARRIED = replace(L256, carried=True)
 def _linear_defaults(l16: Config, l32: Config, l64_wide: Config, l64: Config, l128: Config) -> tuple[Default, ...]:
     return (
         Default(l16, upto=16), Default(l32, upto=32), Default(l64_wide, upto=64, waves=1.5), Default(l64, upto=64),
-        Default(L128_WIDE, upto=128, waves=1.5), Default(L_CARRIED, waves=0.9), Default(L256, upto=512, waves=1.5),
-        Default(l128, upto=512),
-        # from 4096 on the weight as bf16 in memory and cuBLAS: 1.01x bf16 on an H100 (.94x L256); .86x at 2048 (.93x)
-        Default(L256, upto=3072), Default(None),
+        Default(L128_WIDE, upto=128, waves=1.5), Default(L_CARRIED, upto=3072, waves=0.9),
+        Default(L256, upto=512, waves=1.5), Default(l128, upto=512), Default(L256, upto=3072),
+        # None is the weight as bf16 in memory and cuBLAS: .86x of bf16 at 28672x4096, M = 4096, on an H100 (L_CARRIED .82x there)
+        Default(None, n=16384), Default(L_CARRIED, waves=0.9), Default(None),
     )
 
 
@@ -153,10 +153,10 @@ G_LARGE = Config(64, 128, 128, 8, 4)
 DYNAMIC_GROUPS = _dynamic(
     True,
     (
-        G16, D_SMALL, D256, G_LARGE, replace(G_LARGE, block_k=256, num_stages=3), D_LARGE,
+        G16, D_SMALL, D256, G_LARGE, D_LARGE,
         Config(64, 64, 256, 4, 3, split_k=FILL_TWICE),
     ),
-    (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256, upto=256), Default(G_LARGE, waves=0.9), Default(D256)),
+    (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256)),
 )
 KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
 

@@ -116,11 +116,12 @@ INT8_WEIGHT_ONLY = Kernel(
         Default(replace(W32, split_k=FILL_TWICE), upto=32),
         Default(replace(W64, split_k=FILL_TWICE), upto=64),
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
-        Default(W_CARRIED, waves=0.9),
+        Default(W_CARRIED, upto=3072, waves=0.9),
         Default(W256, upto=512, waves=1.5),
         Default(replace(W128_HELD, split_k=FILL_TWICE), upto=512),
-        # one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE .72x, .67x)
-        Default(None),
+        # None is one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE .72x,
+        # .67x). A kernel that runs for long is slowed down by its power, W_CARRIED to .84x there at M = 4096
+        Default(None, n=16384), Default(W_CARRIED, waves=0.9), Default(None),
     ),
     _keywords, _adapt,
 )
