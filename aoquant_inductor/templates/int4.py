@@ -74,7 +74,7 @@ def _scaled(config: Config) -> Config:
     return replace(config, extra=SCALED)
 
 
-L16 = Config(16, 64, 128, 4, 4, split_k=FILL_TWICE)
+L16 = Config(16, 64, 128, 4, 4, split_k=3 * FILL)
 L16_LONG = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
 L32 = Config(32, 64, 128, 4, 4, split_k=FILL_TWICE)
 L64 = Config(64, 64, 128, 4, 4, split_k=FILL_TWICE)
@@ -88,9 +88,10 @@ L_CARRIED = replace(L256, carried=True)
 def _linear_defaults(l16: Config, l32: Config, l64_wide: Config, l64: Config, l128: Config) -> tuple[Default, ...]:
     return (
         Default(l16, upto=16), Default(l32, upto=32), Default(l64_wide, upto=64, waves=1.5), Default(l64, upto=64),
-        Default(L128_WIDE, upto=128, waves=1.5), Default(L_CARRIED, upto=3072, waves=0.9),
+        Default(L128_WIDE, upto=128, waves=1.5), Default(L_CARRIED, upto=3072, waves=0.9, full=0.75),
+        Default(replace(L_CARRIED, block_m=128), upto=3072, waves=0.9, full=0.75),
         Default(L256, upto=512, waves=1.5), Default(l128, upto=512), Default(L256, upto=3072),
-        # None is the weight as bf16 in memory and cuBLAS: .86x of bf16 at 28672x4096, M = 4096, on an H100 (L_CARRIED .82x there)
+        # None is the weight as bf16 in memory and cuBLAS: .86x of bf16 at 28672x4096, M = 4096, on an H100 (L_CARRIED .82x)
         Default(None, n=16384), Default(L_CARRIED, waves=0.9), Default(None),
     )
 
@@ -145,7 +146,8 @@ DYNAMIC_ROW = _dynamic(
     False, (D16, D64, D256_WIDE, D256, D_LARGE, D_SMALL, Config(64, 128, 256, 4, 3), Config(128, 128, 128, 4, 3)),
     (
         Default(D16, upto=16), Default(D_SMALL, upto=64, waves=1.5), Default(D64, upto=64),
-        Default(D256_WIDE, upto=256, waves=1.5), Default(D256, upto=256), Default(D_LARGE), Default(D_SMALL),
+        Default(D256_WIDE, upto=256, waves=1.5), Default(D256, upto=256, k=8192), Default(D_SMALL, upto=256, waves=1.5),
+        Default(D256, upto=256), Default(D_LARGE, waves=0.9), Default(D256),
     ),
 )
 G16 = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class Config:
 @dataclass(frozen=True)
 class Default:
     """What default mode takes for M <= upto, N >= n, K >= k on `arch` and later, where every multiprocessor gets at least
-    `waves` tiles; None is the portable lowering.
+    `waves` tiles, and is without one for at most 1 - `full` of the time; None is the portable lowering.
     """
 
     config: Config | None
@@ -69,10 +70,12 @@ class Default:
     n: int = 0
     k: int = 0
     waves: float = 0
+    full: float = 0
 
     def covers(self, p: Problem, card: Card) -> bool:
         m = ir.rows_hint(p.m)
-        enough = self.config is None or self.config.tiles(m, p.n) >= self.waves * card.sms
+        waves = self.config.tiles(m, p.n) / card.sms if self.config is not None else self.waves
+        enough = waves >= self.waves and waves >= self.full * math.ceil(waves)
         return m <= self.upto and card.arch >= self.arch and p.n >= self.n and p.k >= self.k and enough
 
 
@@ -108,7 +111,9 @@ class Kernel:
         tiles, steps, split = config.tiles(m, p.n), -(-p.k // config.block_k), config.split_k
         if split < 0:
             wanted_programs, split = -split * card.sms, 1
-            while 2 * split * tiles <= wanted_programs and 4 * split <= steps and split < MAX_SPLIT:
+            # a part shorter than its pipeline never fills it, and the sums of a high tile cost what a long part saves
+            least = max(max(2, config.num_stages), -(-8 * config.block_m // config.block_k))
+            while 2 * split * tiles <= wanted_programs and 2 * split * least <= steps and split < MAX_SPLIT:
                 split *= 2
         if split > steps or (split > 1 and tiles > inductor.COUNTERS):
             return None

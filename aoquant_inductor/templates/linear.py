@@ -74,7 +74,7 @@ INT8_DYNAMIC = Kernel(
         Default(replace(D64, split_k=FILL_TWICE), upto=64, k=8192),
         Default(replace(D64, split_k=FILL), upto=64),
         Default(D_LARGE, waves=1.5),
-        Default(replace(D256, split_k=FILL_TWICE), upto=256), Default(D512, waves=0.9),
+        Default(D512, upto=256, waves=1.2), Default(replace(D256, split_k=FILL_TWICE), upto=256), Default(D512, waves=0.9),
         Default(replace(D256, split_k=FILL_TWICE)),
     ),
     _keywords, _adapt,
@@ -112,15 +112,16 @@ INT8_WEIGHT_ONLY = Kernel(
         W_LARGE, W_CARRIED, replace(W_CARRIED, block_m=128, split_k=FILL),
     ),
     (
-        Default(replace(W16, split_k=FILL_TWICE), upto=16),
+        Default(replace(W16, split_k=3 * FILL), upto=16),
         Default(replace(W32, split_k=FILL_TWICE), upto=32),
         Default(replace(W64, split_k=FILL_TWICE), upto=64),
         Default(replace(W128, split_k=FILL_TWICE), upto=128),
-        Default(W_CARRIED, upto=3072, waves=0.9),
+        Default(W_CARRIED, upto=3072, waves=0.9, full=0.75),
+        Default(replace(W_CARRIED, block_m=128), upto=3072, waves=0.9, full=0.75),
         Default(W256, upto=512, waves=1.5),
         Default(replace(W128_HELD, split_k=FILL_TWICE), upto=512),
-        # None is one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE .72x,
-        # .67x). A kernel that runs for long is slowed down by its power, W_CARRIED to .84x there at M = 4096
+        # None is one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE
+        # .72x, .67x). A kernel that runs for long is slowed down by its power, W_CARRIED to .84x there at M = 4096
         Default(None, n=16384), Default(W_CARRIED, waves=0.9), Default(None),
     ),
     _keywords, _adapt,
