@@ -214,7 +214,7 @@ def losing(*cards: str) -> str:
                 continue
             seen.append(f"[{path.name}](benchmarks/results/{path.name})")
             for what, scheme, ratio in speeds_in(path):
-                if ratio < 1 and not scheme.startswith("torchao "):
+                if ratio < 1 and not scheme.startswith(("torchao ", "bf16")):
                     table.append([f"{what}, {path.name.removesuffix('.csv')}", scheme, _ratio(ratio)])
     rows = markdown(["below bf16", "scheme", "speed"], table) if table else "None."
     return f"{rows}\n\n<sub>of {', '.join(seen)}</sub>"
