@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from aoquant_inductor import ops  # noqa: F401  (defines torch.ops.aoquant)
-from aoquant_inductor.packing import WeightKey
+from aoquant_inductor.layouts import WeightKey
 from aoquant_inductor.patterns.site import PackNodes
 
 

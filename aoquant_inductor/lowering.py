@@ -20,7 +20,7 @@ from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor import lowering_triton as triton
 from aoquant_inductor import ops
-from aoquant_inductor.packing import WeightKey, rows_key
+from aoquant_inductor.layouts import WeightKey, rows_key
 from aoquant_inductor.problem import Problem
 
 Kernels = dict[WeightKey, set[str]]

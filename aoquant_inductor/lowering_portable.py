@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
-from aoquant_inductor.packing import LAYOUTS
+from aoquant_inductor.layouts import LAYOUTS
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates import int4
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
-from aoquant_inductor.packing import WeightKey
+from aoquant_inductor.layouts import WeightKey
 from aoquant_inductor.scheme import DTYPES
 
 

@@ -12,9 +12,9 @@ from torch import fx, nn
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor import packing, qparams
+from aoquant_inductor.layouts import Packed, WeightKey
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
-from aoquant_inductor.packing import Packed, WeightKey
 from aoquant_inductor.report import KEPT, QUANTIZED, RELEASED, SKIPPED, Layer
 from aoquant_inductor.scheme import LARGE_M, Scheme
 from aoquant_inductor.weights import STORE, Entry

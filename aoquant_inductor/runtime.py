@@ -15,9 +15,9 @@ from torch import fx
 from aoquant_inductor import _inductor, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
+from aoquant_inductor.layouts import Packed
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
-from aoquant_inductor.packing import Packed
 from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.report import KEPT, RELEASED, Layer, Report, log_of
 from aoquant_inductor.rewrite import Site

@@ -21,7 +21,7 @@ import torch
 from aoquant_inductor import native, ops, packing, qparams
 from aoquant_inductor._inductor import memory_is_shared, plain_tensors
 from aoquant_inductor.errors import ReleasedWeights
-from aoquant_inductor.packing import Packed
+from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import Scheme
 
 PackKey = tuple[Scheme, str, str]

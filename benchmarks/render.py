@@ -19,7 +19,7 @@ from aoquant_inductor import lowering, lowering_triton, qparams
 from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor._inductor_reduction import rows_in_registers
 from aoquant_inductor.card import Card
-from aoquant_inductor.packing import Packed
+from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.templates import Config, Kernel
 

@@ -2,7 +2,7 @@
 
 Every config of every kernel that fits is rendered by Inductor and compiled in parallel processes, checked for equality with
 the reference on integer-valued operands, and timed inside a CUDA graph over copies of the weight that hold more than the L2
-cache. `--space FILE` is Python that defines SPACE, kernel name -> configs, to try instead of the kernels' own.
+cache, after a while under that load: some kernels meet the card's power limit only then. `--space FILE` is Python that defines SPACE, kernel name -> configs, to try instead of the kernels' own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -106,8 +107,8 @@ def _render(op: render.Op, tensors: render.Tensors, kernel: str, config: Config)
     raise errors[0]
 
 
-def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]]) -> Iterator[dict[str, Any]]:
-    """A row per config, and one of cuBLAS's bf16."""
+def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]], load: float) -> Iterator[dict[str, Any]]:
+    """A row per config, and one of cuBLAS's bf16; `load`: seconds of each before it is timed."""
     op, tensors = problem.operands("cuda")
     expected = op(tensors).clone()
     exact = {name: tensors[name].clone() for name in tensors if name != "w"}
@@ -115,7 +116,7 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
     copies = [w, *(w.clone() for _ in range(int(COLD_BYTES / w.nbytes) + 1))]
     dense = [torch.randn(problem.n, problem.k, dtype=torch.bfloat16, device="cuda") for _ in range(max(2, len(copies) // 2))]
     x = torch.randn(problem.m, problem.k, dtype=torch.bfloat16, device="cuda")
-    base = _time([partial(torch.nn.functional.linear, x, d) for d in dense])
+    base = _time([partial(torch.nn.functional.linear, x, d) for d in dense], load)
     del dense
     yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
     for kernel, config, future in built:
@@ -138,7 +139,7 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
             at = next(i for i, a in enumerate(args) if a is w)
             rotated = [[*args[:at], c, *args[at + 1 :]] for c in copies]
             _randomize(tensors)
-            us = _time([partial(launch, *a) for a in rotated])
+            us = _time([partial(launch, *a) for a in rotated], load)
             # int32 to bf16 by way of fp32 rounds twice
             note = f"WRONG {wrong}" if wrong > (3 * y.numel() // 1000 if "x_scale" in tensors else 0) else ""
             note += f" regs {compiled.n_regs} spills {compiled.n_spills}"
@@ -158,8 +159,8 @@ def _randomize(tensors: render.Tensors) -> None:
     scale.uniform_(1e-3, 2e-3)
 
 
-def _time(calls: Sequence[Any], reps: int = 7) -> float:
-    """Microseconds per call inside a CUDA graph."""
+def _time(calls: Sequence[Any], load: float, reps: int = 7) -> float:
+    """Microseconds per call inside a CUDA graph that has been replayed for `load` seconds."""
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -167,6 +168,11 @@ def _time(calls: Sequence[Any], reps: int = 7) -> float:
         for call in calls:
             call()
     graph.replay()
+    torch.cuda.synchronize()
+    until = time.perf_counter() + load
+    while time.perf_counter() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(reps):
@@ -190,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--m", default="1,16,64,256,1024,4096")
     p.add_argument("--quantizing", action="store_true", help="kernels that quantize x themselves, for int8dq and few rows")
     p.add_argument("--space", type=Path, help="Python that defines SPACE(problem) -> kernel name -> configs")
+    p.add_argument("--load", type=float, default=0.1, help="seconds of a config before it is timed (default: %(default)s)")
     p.add_argument("--best", type=int, default=4, help="configs printed per problem")
     p.add_argument("--csv", type=Path)
     p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -215,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         print(f"{measure.card('cuda')[1]}, torch {torch.__version__}: {sum(map(len, built.values()))} configs", flush=True)
         for problem, futures in built.items():
-            found = sorted(tune(problem, futures), key=lambda row: row["us"])
+            found = sorted(tune(problem, futures, args.load), key=lambda row: row["us"])
             rows += [{**vars(problem), **row} for row in found]
             print(f"{problem.scheme} {problem.n}x{problem.k} M={problem.m}")
             for row in [*found[: args.best], *(r for r in found[args.best :] if r["kernel"] == "bf16" or "WRONG" in r["note"])]:

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from aoquant_inductor import packing, qparams
+from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES
 from aoquant_inductor.templates import Config, Kernel
 from benchmarks import render as render_module
@@ -90,7 +91,7 @@ def pretended_gpu(arch: int = 90) -> Iterator[None]:
 
 def _operands(
     scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, quantizing: bool = False
-) -> tuple[Any, dict[str, torch.Tensor], packing.Packed]:
+) -> tuple[Any, dict[str, torch.Tensor], Packed]:
     """(the op as a function of tensors by name, real tensors, its pack) for one linear on the CPU."""
     choice = SCHEMES[scheme]
     weight = torch.randn(n, k).to(dtype)
@@ -148,7 +149,7 @@ def render_grad(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> tupl
         return render_module.render(op, tensors), layout
 
 
-def render_rows(scheme: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Rendered, packing.Packed]:
+def render_rows(scheme: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Rendered, Packed]:
     """The weight of a scheme with large_m as int8 rows, and its pack."""
     with pretended_gpu():
         p = _operands(scheme, 1, n, k, dtype, False)[2]
@@ -173,7 +174,7 @@ def render_large(scheme: str, m: int, n: int, k: int) -> Rendered:
         return render_module.render(op, tensors)
 
 
-def _packs(scheme: str, n: int, k: int, count: int) -> tuple[list[packing.Packed], dict[str, torch.Tensor]]:
+def _packs(scheme: str, n: int, k: int, count: int) -> tuple[list[Packed], dict[str, torch.Tensor]]:
     """Random weights, and their tensors by name and number."""
     choice = SCHEMES[scheme]
     with pretended_gpu():
@@ -183,7 +184,7 @@ def _packs(scheme: str, n: int, k: int, count: int) -> tuple[list[packing.Packed
     return packs, {name: t for name, t in named if t is not None}
 
 
-def _dynamic(t: dict[str, Any], i: int, p: packing.Packed, left: tuple[Any, ...], **told: Any) -> torch.Tensor:
+def _dynamic(t: dict[str, Any], i: int, p: Packed, left: tuple[Any, ...], **told: Any) -> torch.Tensor:
     weight = (t[f"w{i}"], t[f"scale{i}"], None, t.get(f"sums{i}"))
     return torch.ops.aoquant.linear_dynamic(*left, *weight, None, *p.key, torch.bfloat16, **told)
 

@@ -11,6 +11,7 @@ from util import BF16, FP16, FP32, Block, Graph, assert_counts, compiled, from_p
 
 import aoquant_inductor
 from aoquant_inductor import lowering, packing, packing_cpu, qparams
+from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import LARGE_M, SCHEMES, Scheme, resolve
 from aoquant_inductor.weights import STORE
 
@@ -19,19 +20,19 @@ aoquant = torch.ops.aoquant
 FEW, MANY = 7, LARGE_M + 1
 
 
-def pack_of(weight: torch.Tensor, scheme: Scheme, layout: str | None = None) -> packing.Packed:
+def pack_of(weight: torch.Tensor, scheme: Scheme, layout: str | None = None) -> Packed:
     layout = layout or packing.choose(scheme, weight.device, weight.dtype, weight.shape)
     return packing.pack(qparams.quantize(weight.detach(), scheme.weight), scheme, layout)
 
 
-def rows_of(p: packing.Packed, w8: torch.Tensor) -> torch.Tensor:
+def rows_of(p: Packed, w8: torch.Tensor) -> torch.Tensor:
     """float64 [N, K] of what requantize made of p."""
     n, k = p.shape
     assert p.row is not None
     return packing.unpack(w8, k, n, "int8", p.int8_key[-1]).double() * p.row[:, :n].t().double()
 
 
-def requantize(p: packing.Packed) -> torch.Tensor:
+def requantize(p: Packed) -> torch.Tensor:
     return aoquant.requantize(p.w, p.scale, p.zero, p.row, *p.key, p.int8_key[-1])
 
 

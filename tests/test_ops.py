@@ -7,7 +7,7 @@ import torch
 from util import BF16, FP16, FP32, sqnr_db
 
 from aoquant_inductor import ops, packing, qparams
-from aoquant_inductor.packing import LAYOUTS
+from aoquant_inductor.layouts import LAYOUTS, Packed
 from aoquant_inductor.scheme import SCHEMES, Scheme
 
 WO = ["int8wo", "int8wo-32", "int4wo-row", "int4wo-32", "int4wo-32-asym", "int4wo-32-asymfloat"]
@@ -26,7 +26,7 @@ def with_layouts(names: list[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "layout"), pairs)
 
 
-def weight(scheme: Scheme, layout: str) -> tuple[packing.Packed, torch.Tensor]:
+def weight(scheme: Scheme, layout: str) -> tuple[Packed, torch.Tensor]:
     """A pack, and its float64 values element by element from w_q, scale and zero."""
     q = qparams.quantize(torch.randn(N, K), scheme.weight)
     g = scheme.weight.group_size or K

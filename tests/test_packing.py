@@ -7,7 +7,7 @@ import torch
 from util import BF16, FP16, FP32, sqnr_db
 
 from aoquant_inductor import packing, qparams
-from aoquant_inductor.packing import LAYOUTS
+from aoquant_inductor.layouts import LAYOUTS
 from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 
 SHAPES = [(1, 1), (7, 31), (65, 33), (16, 128), (130, 257), (3, 576)]
@@ -78,9 +78,9 @@ def test_copy_keeps_the_storage_and_takes_the_values(scheme: Scheme, layout: str
     assert all(torch.equal(a, b) for a, b in zip(old.tensors, new.tensors, strict=True))
 
 
-@pytest.mark.parametrize(("name", "bits"), [(name, b) for name, layout in packing.LAYOUTS.items() if layout.locate for b in layout.bits])
+@pytest.mark.parametrize(("name", "bits"), [(name, b) for name, layout in LAYOUTS.items() if layout.locate for b in layout.bits])
 def test_locate_finds_every_element(name: str, bits: int) -> None:
-    layout, size = packing.LAYOUTS[name], (33, 320)
+    layout, size = LAYOUTS[name], (33, 320)
     w_q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), size, dtype=torch.int8)
     nothing = torch.zeros(())
     packed = layout.pack(qparams.Quantized(w_q, torch.ones(1, size[0]), None, QuantSpec(f"int{bits}"), nothing, nothing), False)

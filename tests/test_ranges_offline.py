@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor import lowering, packing, qparams
+from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import LARGE_M, SCHEMES
 from benchmarks import render
 
@@ -24,13 +25,13 @@ RANGES = tuple(zip((0, *lowering.M_RANGES["cuda"]), (*lowering.M_RANGES["cuda"],
 PARTS = ("w", "scale", "zero", "row")
 
 
-def packed(scheme: str) -> packing.Packed:
+def packed(scheme: str) -> Packed:
     choice = SCHEMES[scheme]
     layout = packing.choose(choice, torch.device("cuda", 0), torch.bfloat16, (N, K))
     return packing.pack(qparams.quantize(torch.randn(N, K).bfloat16(), choice.weight), choice, layout)
 
 
-def linear(p: packing.Packed, x: Any, t: dict[str, Any], many: bool) -> Any:
+def linear(p: Packed, x: Any, t: dict[str, Any], many: bool) -> Any:
     """As a graph writes it for few and for many rows."""
     op, w, scale, key = torch.ops.aoquant, t["w"], t["scale"], p.key
     if (p.w_dtype == "int4" and not many) or p.layout == "wgmma":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from aoquant_inductor.packing import Packed, WeightKey
+from aoquant_inductor.layouts import Packed, WeightKey
 
 Shared = dict[tuple[fx.Node, bool], tuple[fx.Node | None, ...]]
 """(x, symmetric) -> its quantization, already in the graph."""
