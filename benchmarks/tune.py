@@ -2,7 +2,8 @@
 
 Every config of every kernel that fits is rendered by Inductor and compiled in parallel processes, checked for equality with
 the reference on integer-valued operands, and timed inside a CUDA graph over copies of the weight that hold more than the L2
-cache, after a while under that load: some kernels meet the card's power limit only then. `--space FILE` is Python that defines SPACE, kernel name -> configs, to try instead of the kernels' own.
+cache, after a while under that load: some kernels meet the card's power limit only then. `--space FILE` is Python that defines
+SPACE, kernel name -> configs, to try instead of the kernels' own.
 """
 
 from __future__ import annotations
