@@ -153,11 +153,7 @@ DYNAMIC_ROW = _dynamic(
 G16 = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
 G_LARGE = Config(64, 128, 128, 8, 4)
 DYNAMIC_GROUPS = _dynamic(
-    True,
-    (
-        G16, D_SMALL, D256, G_LARGE, D_LARGE,
-        Config(64, 64, 256, 4, 3, split_k=FILL_TWICE),
-    ),
+    True, (G16, D_SMALL, D256, G_LARGE, D_LARGE, Config(64, 64, 256, 4, 3, split_k=FILL_TWICE)),
     (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256)),
 )
 KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
