@@ -6,11 +6,13 @@ epilogue it is another program than the one that was measured, and a compile wor
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,25 @@ _clean: set[bytes] = set()
 """Hashes of the machine code found without a hazard."""
 
 
+_nothing_carried: contextvars.ContextVar[bool] = contextvars.ContextVar("aoquant_nothing_carried", default=False)
+
+
+@contextlib.contextmanager
+def nothing_carried() -> Iterator[None]:
+    """What is compiled inside has no carried kernels."""
+    token = _nothing_carried.set(True)
+    try:
+        yield
+    finally:
+        _nothing_carried.reset(token)
+
+
 def readable() -> bool:
     """Whether the kernels of a graph compiled now can be read when it is: else none may be carried."""
     (config,) = private("torch._inductor", "config")
     # a C++ wrapper keeps its kernels to itself, and a cache of one compile is gone before it is over
-    return not (config.cpp_wrapper or config.force_disable_caches) and machine_code.disassembler() is not None
+    hidden = config.cpp_wrapper or config.force_disable_caches
+    return not (_nothing_carried.get() or hidden) and machine_code.disassembler() is not None
 
 
 def assembler(packs: Sequence[torch.Tensor]) -> str:

@@ -128,7 +128,7 @@ def _compile(
     rest = [inputs[i] for i in kept]
     is_constant = seen.constant(identity)
     with lowering.recording() as kernels:
-        function = ranges.compile_graph(rewritten, rest, patches, is_constant, note)
+        function = ranges.compile_graph(rewritten, rest, patches, is_constant, note, journal.hint)
     for site in sites:
         site.name_kernel(kernels)
         if site.packed is not None:

@@ -9,20 +9,26 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from aoquant_inductor import _inductor_choices as inductor
 from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import _inductor_machine as machine
 from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor import lowering_triton as triton
 from aoquant_inductor import ops
+from aoquant_inductor.errors import UnsafeMachineCode
 from aoquant_inductor.layouts import WeightKey, rows_key
 from aoquant_inductor.problem import Problem
 
+log = logging.getLogger("aoquant_inductor")
+
+Compiled = TypeVar("Compiled")
 Kernels = dict[WeightKey, set[str]]
 _recording: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("aoquant_kernels", default=None)
 
@@ -56,6 +62,22 @@ def recording() -> Iterator[Kernels]:
         yield kernels
     finally:
         _recording.reset(token)
+
+
+def safely(compile_graph: Callable[[], Compiled], told: Callable[[str], None]) -> Compiled:
+    """compile_graph(), once more without carried sums where ptxas made wrong machine code of one, which `told` is told."""
+    kernels = _recording.get()
+    before = {key: set(names) for key, names in kernels.items()} if kernels is not None else {}
+    try:
+        return compile_graph()
+    except UnsafeMachineCode as error:
+        log.warning("%s Others were taken.", error)
+        told(f"{error} Others were taken.")
+    if kernels is not None:  # those of the first attempt do not run
+        kernels.clear()
+        kernels.update(before)
+    with machine.nothing_carried():
+        return compile_graph()
 
 
 def hint(device: torch.device, layout: str, dtype: torch.dtype) -> str | None:

@@ -31,22 +31,26 @@ Note = Callable[[Kernels | str], None]
 
 
 def compile_graph(
-    rewritten: Rewritten, inputs: Sequence[Any], patches: Mapping[str, Any], constant: bool, note: Note
+    rewritten: Rewritten, inputs: Sequence[Any], patches: Mapping[str, Any], constant: bool, note: Note,
+    hint: Callable[[str], None],
 ) -> Compiled:
     """Inductor over rewritten.gm(*packs, *inputs), for any M. `note` is told the kernels of the graphs that are made later, or
-    what all linears run by.
+    what all linears run by; `hint`, what the user can do for faster ones.
     """
     gm, large, packs = rewritten.gm, rewritten.large, rewritten.packs  # not the sites: they hold the weights
     if rewritten.differentiable:
         # One graph for every M, since its backward is one. Both halves read the packs: inputs, not constants of one of them.
-        return _inductor.compile_graph(gm, inputs, patches, packs)
+        return lowering.safely(lambda: _inductor.compile_graph(gm, inputs, patches, packs), hint)
 
     def form(within: ir.Range | None) -> fx.GraphModule:
         return large if large is not None and within is not None and within.first > LARGE_M else gm
 
     def build(values: Sequence[Any], within: ir.Range | None) -> Compiled:
+        graph, variant = form(within), repr(within)
         with torch.no_grad(), ir.rows_within(within):
-            return _inductor.compile_graph(form(within), values, patches, packs, constant, variant=repr(within))
+            return lowering.safely(
+                lambda: _inductor.compile_graph(graph, values, patches, packs, constant, variant=variant), hint
+            )
 
     device = rewritten.sites[0].value.device.type
     bounds = lowering.M_RANGES.get(device, ())

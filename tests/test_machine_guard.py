@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from util import block, run, tokens
+from util import block, compiled, run, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor import _inductor, _inductor_machine, card, lowering, machine_code, ptxas
@@ -224,3 +224,39 @@ def test_who_gains_by_a_newer_ptxas(arch: int, version: Any, layout: str, dtype:
     text = 'ptxas 12.8: faster kernels for many rows need 13.3 (pip install "aoquant-inductor[cuda]", see its README).'
     assert lowering.hint(torch.device("cuda", 0), layout, dtype) == (text if said else None)
     assert lowering.hint(torch.device("cpu"), layout, dtype) is None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_with_wrong_machine_code_is_compiled_again_by_other_kernels(
+    dynamic: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU, as if its kernels were carried where they may be."""
+    from aoquant_inductor import lowering_cpu
+
+    may_carry: list[bool] = []
+
+    def linear(p: Any, original: Any = lowering_cpu.linear) -> Any:
+        may_carry.append(_inductor_machine.readable())
+        name, node = original(p) or lowering.portable.linear(p)
+        return f"{name} carried" if may_carry[-1] else name, node
+
+    def refuse(compiled: Any) -> None:
+        if may_carry[-1]:
+            raise UnsafeMachineCode("a kernel", ["0x20 MOV R9, R2"])
+
+    monkeypatch.setattr(machine_code, "disassembler", lambda: "nvdisasm")
+    monkeypatch.setitem(lowering.BACKENDS, "cpu", (linear,))
+    monkeypatch.setitem(lowering.M_RANGES, "cpu", (4,))
+    monkeypatch.setattr(_inductor_machine, "on_hopper", lambda packs: True)
+    monkeypatch.setattr(_inductor_machine, "check", refuse)
+    model = block()
+    function = compiled(model, "int8wo", dynamic=dynamic)
+    with torch.no_grad(), caplog.at_level("WARNING", "aoquant_inductor"):
+        for m in (7, 3) if dynamic else (7,):
+            x = torch.randn(m, 32, dtype=torch.bfloat16)
+            assert sqnr_db(function(x), model.reference(x)) > 45
+    report = aoquant_inductor.report(function)
+    assert may_carry == [True, False] * (2 if dynamic else 1) and len(caplog.records) == len(may_carry) // 2
+    assert "carried" not in "".join(str(layer.kernel) for layer in report.layers), str(report)
+    assert report.totals["quantized"] == 1 and len(report.totals["hints"]) == 1
+    assert report.summary().endswith("Others were taken.")
