@@ -177,7 +177,7 @@ def test_a_search_tries_each_config_once_and_only_what_can_run(scheme: str, card
         p = problem(scheme, n, k, m, card)
         found = lowering_triton.search(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
         texts = [(kernel.template, config) for kernel, config in found]
-        assert len(texts) == len(set(texts)) >= 1
+        assert len(texts) == len(set(texts)) >= (3 if card.arch == 90 else 1)
         assert all(m // 8 <= config.block_m <= max(16, 4 * m) for _, config in found)
         for kernel, config in found:
             _check(p, card, kernel, config)
