@@ -48,7 +48,7 @@ TOGETHER: frozenset[str] = frozenset(["cuda", "xpu"])
 HINTS: dict[str, Callable[[torch.device, str, torch.dtype], str | None]] = {"cuda": triton.hint}
 """device type -> (device, layout, dtype of x) of a linear -> what its user can do for a faster kernel."""
 
-M_RANGES: dict[str, tuple[int, ...]] = {"cuda": (16, 64, 256), "xpu": (16, 64, 256)}
+M_RANGES: dict[str, tuple[int, ...]] = dict.fromkeys(("cuda", "xpu"), (16, 64, 256, 512, 1024))
 """device type -> the last M of each range but the last, where no kernel serves every M, as the CPU's do."""
 
 
