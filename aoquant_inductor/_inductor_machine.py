@@ -25,8 +25,6 @@ from aoquant_inductor.errors import UnsafeMachineCode
 CARRIED = "CARRIED : tl.constexpr = True"
 _clean: set[bytes] = set()
 """Hashes of the machine code found without a hazard."""
-
-
 _nothing_carried: contextvars.ContextVar[bool] = contextvars.ContextVar("aoquant_nothing_carried", default=False)
 
 
