@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from aoquant_inductor import packing, qparams
+from aoquant_inductor import activations, packing, qparams
 
 NAMESPACE = "aoquant"
 _lib = torch.library.Library(NAMESPACE, "DEF")
@@ -120,8 +120,8 @@ def requantize(
 
 
 # Implicit: AOTAutograd traces through these two, so that Inductor fuses a row reduction and a pointwise node into the producer.
-_lib.impl("quantize_per_token", qparams.quantize_per_token, "CompositeImplicitAutograd")
-_lib.impl("quantize_per_token_asym", qparams.quantize_per_token_asym, "CompositeImplicitAutograd")
+_lib.impl("quantize_per_token", activations.quantize_per_token, "CompositeImplicitAutograd")
+_lib.impl("quantize_per_token_asym", activations.quantize_per_token_asym, "CompositeImplicitAutograd")
 _lib.impl("linear_wo", linear_wo, "CompositeExplicitAutograd")
 _lib.impl("linear_grad", linear_grad, "CompositeExplicitAutograd")
 _lib.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")

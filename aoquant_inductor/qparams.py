@@ -218,23 +218,3 @@ def to_rows(
     one = 1 / row
     z = zero if zero is None or spec_zero == "int" else zero.float() * one
     return dequantize(w_q, scale.float() * one, z, group_size, spec_zero).round_().to(torch.int8)
-
-
-def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x[..., K] -> x_q[..., K] int8 in -127..127, x_scale[..., 1] fp32; x ~ x_q * x_scale."""
-    values = x.float()
-    # a product, which is what eager CUDA and Inductor make of a division by a constant: the same codes everywhere
-    scale = (values.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(SCALE_FLOOR)
-    # one division for a row: an element's own would cost a kernel more than its bytes do
-    return (values * (1 / scale)).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def quantize_per_token_asym(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x[..., K] -> x_q[..., K] int8, x_scale[..., 1] fp32, x_zero[..., 1] int32; x ~ (x_q - x_zero) * x_scale."""
-    values = x.float()
-    low = values.amin(-1, keepdim=True).clamp_max(0)
-    high = values.amax(-1, keepdim=True).clamp_min(0)
-    scale = (high * (1 / 255) - low * (1 / 255)).clamp_min(SCALE_FLOOR)
-    inverse = 1 / scale
-    zero = (-128 - (low * inverse).round()).clamp(-128, 127)
-    return ((values * inverse).round() + zero).clamp(-128, 127).to(torch.int8), scale, zero.to(torch.int32)

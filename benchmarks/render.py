@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from aoquant_inductor import lowering, lowering_triton, qparams
+from aoquant_inductor import activations, lowering, lowering_triton
 from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor._inductor_reduction import rows_in_registers
 from aoquant_inductor.card import Card
@@ -40,7 +40,7 @@ def linear(
         named = {"x": x, **weight}
         op: Op = lambda t: torch.ops.aoquant.linear_wo(t["x"], t["w"], t["scale"], t["zero"], t["bias"], *p.key)  # noqa: E731
     else:
-        quantize = qparams.quantize_per_token if scheme.activation.symmetric else qparams.quantize_per_token_asym
+        quantize = activations.quantize_per_token if scheme.activation.symmetric else activations.quantize_per_token_asym
         given = (x,) if quantizing else quantize(x)
         named = dict(zip(("x", "x_scale", "x_zero"), (*given, None, None), strict=False)) | weight
 

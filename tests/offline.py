@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from aoquant_inductor import packing, qparams
+from aoquant_inductor import activations, packing, qparams
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES
 from aoquant_inductor.templates import Config, Kernel
@@ -167,7 +167,7 @@ def render_large(scheme: str, m: int, n: int, k: int) -> Rendered:
 
     def op(t: dict[str, Any]) -> torch.Tensor:
         w = torch.ops.aoquant.requantize(t["w"], t["scale"], None, t["row"], *p.key, p.int8_key[-1])
-        left = (*qparams.quantize_per_token(t["x"]), None)
+        left = (*activations.quantize_per_token(t["x"]), None)
         return torch.relu(torch.ops.aoquant.linear_dynamic(*left, w, t["row"], None, None, None, *p.int8_key, torch.bfloat16))
 
     with pretended_gpu():
@@ -192,7 +192,7 @@ def _dynamic(t: dict[str, Any], i: int, p: Packed, left: tuple[Any, ...], **told
 def _quantize(scheme: str, x: torch.Tensor) -> tuple[Any, ...]:
     activation = SCHEMES[scheme].activation
     assert activation is not None
-    return (*(qparams.quantize_per_token if activation.symmetric else qparams.quantize_per_token_asym)(x), None)[:3]
+    return (*(activations.quantize_per_token if activation.symmetric else activations.quantize_per_token_asym)(x), None)[:3]
 
 
 def render_chain(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from util import BF16, FP16, FP32
 
-from aoquant_inductor import qparams
+from aoquant_inductor import activations, qparams
 from aoquant_inductor.qparams import NonFinite
 from aoquant_inductor.scheme import SCHEMES, QuantSpec, resolve
 
@@ -168,10 +168,10 @@ def test_accuracy_gates_for_normal_weights(scheme: str, gate: float, dtype: torc
 def test_per_token_error_is_at_most_half_a_step(dtype: torch.dtype, asymmetric: bool, data: st.DataObject) -> None:
     x = data.draw(weights(dtype))
     if asymmetric:
-        q, scale, zero = qparams.quantize_per_token_asym(x)
+        q, scale, zero = activations.quantize_per_token_asym(x)
         assert zero.dtype == torch.int32
     else:
-        q, scale = qparams.quantize_per_token(x)
+        q, scale = activations.quantize_per_token(x)
         zero = torch.zeros((), dtype=torch.int32)
         assert int(q.min()) >= -127
     assert scale.shape == (x.shape[0], 1)
@@ -185,9 +185,26 @@ def test_per_token_error_is_at_most_half_a_step(dtype: torch.dtype, asymmetric: 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (2, 3, 4, 8)])
 def test_per_token_of_any_rank_is_row_by_row(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    q, scale, zero = qparams.quantize_per_token_asym(x)
+    q, scale, zero = activations.quantize_per_token_asym(x)
     assert (q.shape, scale.shape, zero.shape) == (x.shape, (*x.shape[:-1], 1), (*x.shape[:-1], 1))
-    rows = [qparams.quantize_per_token_asym(r) for r in x.reshape(-1, 8)]
+    rows = [activations.quantize_per_token_asym(r) for r in x.reshape(-1, 8)]
     for i, part in enumerate((q, scale, zero)):
         want = [r[i] for r in rows]
         assert torch.equal(part.flatten(), torch.cat(want) if want else part.flatten())
+
+
+def test_rounding_by_bits_is_rounding() -> None:
+    """What a GPU's kernels are made of, and a CPU's: the same integers, ties and both ends of the range among them."""
+    ties = torch.arange(-300, 300) + 0.5
+    values = torch.cat([ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1), 300 * torch.randn(10000)])
+    values = torch.cat([values, torch.tensor([0.0, -0.0, 2.0**22 - 1, 1 - 2.0**22])])
+    assert torch.equal(activations.round_by_bits(values), values.round().to(torch.int32))
+
+
+def test_the_largest_by_bits_is_the_largest() -> None:
+    sizes = torch.rand(100, 33) * torch.logspace(-44, 38, 100)[:, None]
+    sizes[5] = 0
+    sizes[6, 3] = float("inf")
+    assert torch.equal(activations.amax_by_bits(sizes), sizes.amax(-1, keepdim=True))
+    sizes[6, 4] = float("nan")
+    assert activations.amax_by_bits(sizes)[6].isnan()

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import _inductor_shapes as shapes
-from aoquant_inductor import lowering, packing, qparams
+from aoquant_inductor import activations, lowering, packing, qparams
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import LARGE_M, SCHEMES
 from benchmarks import render
@@ -38,7 +38,7 @@ def linear(p: Packed, x: Any, t: dict[str, Any], many: bool) -> Any:
         return op.linear_wo(x, w, scale, t.get("zero"), None, *key)
     if p.w_dtype == "int4":
         w, scale, key = op.requantize(w, scale, t.get("zero"), t["row"], *key, p.int8_key[-1]), t["row"], p.int8_key
-    return op.linear_dynamic(*qparams.quantize_per_token(x), None, w, scale, None, None, None, *key, x.dtype)
+    return op.linear_dynamic(*activations.quantize_per_token(x), None, w, scale, None, None, None, *key, x.dtype)
 
 
 @pytest.mark.parametrize("sizes", [{"m": 2}, {"b": 3, "t": 5}], ids=["one size", "two sizes"])

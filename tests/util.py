@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import aoquant_inductor
-from aoquant_inductor import Scheme, packing, packing_cpu, qparams
+from aoquant_inductor import Scheme, activations, packing, packing_cpu, qparams
 from aoquant_inductor.report import Report
 from aoquant_inductor.scheme import resolve
 
@@ -80,9 +80,9 @@ def activation(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     if scheme.activation is None:
         return x.double()
     if scheme.activation.symmetric:
-        q, scale = qparams.quantize_per_token(x)
+        q, scale = activations.quantize_per_token(x)
         return q.double() * scale.double()
-    q, scale, zero = qparams.quantize_per_token_asym(x)
+    q, scale, zero = activations.quantize_per_token_asym(x)
     return (q.double() - zero.double()) * scale.double()
 
 

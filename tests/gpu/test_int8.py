@@ -12,7 +12,7 @@ from torch._inductor.utils import run_and_get_code
 from util import BF16, compiled, run, sqnr_db
 
 import aoquant_inductor
-from aoquant_inductor import qparams
+from aoquant_inductor import activations
 from aoquant_inductor._inductor_choices import EARLY
 
 pytestmark = pytest.mark.gpu
@@ -108,7 +108,7 @@ def test_quantized_in_the_matmul_are_the_codes_of_the_definition(scheme: str, dt
     x[3, 1:] = 0
     _, y, report = run(linear, x, schemes=scheme)
     assert "gemv_dynamic" in str(report.layers[0].kernel), str(report)
-    quantize = qparams.quantize_per_token if scheme == "int8dq" else qparams.quantize_per_token_asym
+    quantize = activations.quantize_per_token if scheme == "int8dq" else activations.quantize_per_token_asym
     codes, scale, zero = (*quantize(x), 0)[:3]
     assert torch.equal((y.float() / scale).round(), codes.float() - zero)
 
