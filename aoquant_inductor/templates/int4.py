@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from aoquant_inductor import _inductor_choices as inductor
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import packing_cuda
 from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel, common_keywords, template
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
 
 SCALED = (("SCALED", True),)
 
 
-def _keywords(p: Problem, config: Config) -> dict[str, Any]:
+def keywords(p: Problem, config: Config) -> dict[str, Any]:
     n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
     one_sum = p.groups == 1 or config.extra == SCALED
     return {
@@ -55,7 +54,7 @@ GEMV = Kernel(
         Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4),
         Default(GEMV_SHORT, upto=4),
     ),
-    _keywords, _gemv_adapt,
+    keywords, _gemv_adapt,
 )
 
 
@@ -106,14 +105,14 @@ SUMS = Kernel(
         L16, L16_LONG, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
         Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128), *LARGE,
     ),
-    (Default(L16_LONG, upto=16, waves=2), *_linear_defaults(L16, L32, L64_WIDE, L64, L128)), _keywords,
+    (Default(L16_LONG, upto=16, waves=2), *_linear_defaults(L16, L32, L64_WIDE, L64, L128)), keywords,
 )
 L32_LONG = Config(32, 64, 256, 4, 3, split_k=FILL_TWICE)
 S16, S32, S64_WIDE, S64, S128 = (_scaled(config) for config in (L16_LONG, L32_LONG, L64_WIDE, L64, L128))
 ONE_SUM = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and _one_sum(p),
     (S16, replace(S16, split_k=4 * FILL), S32, S64_WIDE, S64, S128, *LARGE),
-    _linear_defaults(S16, S32, S64_WIDE, S64, S128), _keywords, _one_sum_adapt,
+    _linear_defaults(S16, S32, S64_WIDE, S64, S128), keywords, _one_sum_adapt,
 )
 
 D16 = Config(16, 64, 256, 4, 4, split_k=FILL_TWICE)
@@ -134,7 +133,7 @@ def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
 
 
 def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return _keywords(p, config) | ({"FEW": False} if _crowded(p) else {})
+    return keywords(p, config) | ({"FEW": False} if _crowded(p) else {})
 
 
 def _dynamic(groups: bool, configs: tuple[Config, ...], defaults: tuple[Default, ...]) -> Kernel:
@@ -157,24 +156,3 @@ DYNAMIC_GROUPS = _dynamic(
     (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256)),
 )
 KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
-
-DENSE = Config(128, 128, 128, 4, 1, extra=SCALED)
-ROWS = Config(128, 128, 128, 8, 1)
-
-
-def dense(p: Problem) -> Any:
-    """The dequantized weight[N, K] in bf16 of the layout "cuda_bf16", written to memory."""
-    return _whole(p, "int4_dense", DENSE, torch.bfloat16)
-
-
-def rows(p: Problem, row: Any) -> Any:
-    """The weight of the layout "cuda_bf16" as int8[N, K] with the scales row[1, N], written to memory."""
-    return _whole(p, "int4_rows", ROWS, torch.int8, row)
-
-
-def _whole(p: Problem, name: str, config: Config, dtype: torch.dtype, *more: Any) -> Any:
-    keywords = {**common_keywords(p), **_keywords(p, config), **config.keywords(), "PARTS": 1, "COUNTED": False}
-    keywords |= {"ROWS": p.n, "COLUMNS": p.k}
-    inputs = [node for node in (p.w, p.scale, p.zero, *more) if node is not None]
-    choice = inductor.TritonChoice("", template(name), keywords)
-    return inductor.select(f"aoquant_{name}", inputs, (p.n, p.k), dtype, p.device, [choice])[1]
