@@ -1,4 +1,4 @@
-"""Activations to int8 codes, one scale per token (a row of x), at run time: plain torch, which Inductor fuses into what makes x."""
+"""Activations to int8 codes with one scale per token, a row of x: plain torch, which Inductor fuses into what makes x."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from aoquant_inductor.qparams import SCALE_FLOOR
 
 _ROUNDED = 0x4B400000
-"""The bits of the fp32 1.5 * 2**23: added to it, a value of less than 2**22 becomes the nearest integer, to even on a tie, in the
-lowest bits."""
+"""The bits of the fp32 1.5 * 2**23: added to it, a value of less than 2**22 becomes the nearest integer, to even on a tie, in
+the lowest bits."""
 
 
 def round_by_bits(values: torch.Tensor) -> torch.Tensor:
@@ -17,8 +17,8 @@ def round_by_bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def amax_by_bits(sizes: torch.Tensor) -> torch.Tensor:
-    """sizes[..., K].amax(-1, keepdim=True), of fp32 that is not negative: ordered as its bits are, NaN above all, which a maximum
-    of fp32 asks for at every step.
+    """sizes[..., K].amax(-1, keepdim=True), of fp32 that is not negative: ordered as its bits are, NaN above all, for
+    which a maximum of fp32 asks at every step.
     """
     return sizes.view(torch.int32).amax(-1, keepdim=True).view(torch.float32)
 

@@ -6,15 +6,17 @@ Dynamic: aten._int_mm with the rescale fused behind it where it can run, else ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor.card import Card
 from aoquant_inductor.layouts import LAYOUTS
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates import whole
+from aoquant_inductor.templates import costs, whole
 
 aten = torch.ops.aten
 F32 = torch.float32
@@ -43,8 +45,8 @@ def _integers(p: Problem) -> Any:
 
 
 def _dense(p: Problem, dtype: torch.dtype) -> Any:
-    """The dequantized weight[N, K] in `dtype`: a pointwise node, computed in fp32; a kernel of ours where a layout is out of K's order,
-    which is two to three times as fast (28672x4096 of int4 on an H100: 104 us, not 317).
+    """The dequantized weight[N, K] in `dtype`: a pointwise node, computed in fp32; a kernel of ours where a layout is out
+    of K's order, which is two to three times as fast (28672x4096 of int4 on an H100: 104 us, not 317).
     """
     if (written := whole.dense(p, dtype)) is not None:
         return ir.to_dtype(written, dtype)
@@ -138,6 +140,13 @@ def linear(p: Problem) -> tuple[str, Any]:
         return _dynamic(p)
     dtype = p.x.get_dtype()
     return "portable: dequantize + mm", _add_bias(_matmul(p.x, _dense(p, dtype), p, dtype), p)
+
+
+def us(p: Problem, card: Card) -> float:
+    """Microseconds of `linear` on a GPU, as far as it is meant to be fast there: a weight-only one."""
+    if p.dynamic:
+        return math.inf
+    return costs.of_writing(p.n, p.k, p.bits) + costs.of_bf16(ir.rows_hint(p.m), p.n, p.k, card.sms)
 
 
 def grad(p: Problem) -> Any:

@@ -51,7 +51,9 @@ def _linear(p: Problem, known: Sequence[Kernel], reference: inductor.Reference) 
 
 
 def default(p: Problem, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Config] | None:
-    """What default mode takes: the first default of the first kernel that covers the problem and can run."""
+    """What default mode takes: of the kernels in turn the first default that covers the problem and can run, or, where they
+    have prices instead, the cheapest config of all that have.
+    """
     for kernel in kernels:
         for row in kernel.defaults:
             if not row.covers(p, card):
@@ -60,6 +62,9 @@ def default(p: Problem, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Conf
                 return None
             if (config := kernel.config(p, card, row.config)) is not None:
                 return kernel, config
+        if kernel.label and (found := [(us, one, config) for one in kernels for us, config in one.priced(p, card)]):
+            us, one, config = min(found, key=lambda f: f[0])
+            return None if portable.us(p, card) < us else (one, config)
     return None
 
 

@@ -54,7 +54,7 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
 # Measured by benchmarks/tune.py on an H100: few rows of W and wide steps, so that many loads of many programs are in flight.
 CONFIGS = (Config(1, 2, 2048, 2, 1), Config(1, 4, 2048, 4, 1), Config(1, 4, 1024, 2, 1), Config(1, 2, 1024, 1, 1))
 DEFAULTS = (Default(CONFIGS[0], upto=2, k=2048), Default(CONFIGS[3], upto=2))
-KERNEL = Kernel("gemv", _fits, CONFIGS, DEFAULTS, _keywords, _adapt)
+KERNEL = Kernel("gemv", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
 
 # On the same card, a quantization of its own counted to the other kernels: ahead of them by 2 to 4 us for one row, at 4096x4096
 # for up to four; for two rows of 28672x4096 3 us behind, which a launch less is worth to the host.
@@ -68,4 +68,4 @@ DYNAMIC_DEFAULTS = (
     Default(None, n=8192, k=1024), Default(None, n=1024, k=8192),
     Default(DYNAMIC_CONFIGS[0], waves=1), Default(DYNAMIC_CONFIGS[2]),
 )
-DYNAMIC = Kernel("gemv_dynamic", _dynamic_fits, DYNAMIC_CONFIGS, DYNAMIC_DEFAULTS, _dynamic_keywords, _dynamic_adapt)
+DYNAMIC = Kernel("gemv_dynamic", _dynamic_fits, DYNAMIC_CONFIGS, _dynamic_keywords, _dynamic_adapt, DYNAMIC_DEFAULTS)

@@ -1,7 +1,6 @@
 """int4_*.py.jinja: int4 weights on CUDA at every M, over the two layouts of packing_cuda.py.
 
-The defaults are an H100's, group 128 at 28672x4096, 4096x14336 and 4096x4096. A wide weight has tiles for every multiprocessor;
-a narrower one splits K until the card is full.
+A wide weight has tiles for every multiprocessor; a narrower one splits K until the card is full.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ GEMV = Kernel(
         GEMV_WIDE, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL), Config(8, 32, 256, 2, 1, split_k=8 * FILL),
         Config(8, 32, 256, 1, 1), Config(8, 16, 512, 1, 1, split_k=16 * FILL), GEMV_SHORT,
     ),
+    keywords, _gemv_adapt,
     (
         Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4),
         Default(GEMV_SHORT, upto=4),
     ),
-    keywords, _gemv_adapt,
 )
 
 
@@ -83,18 +82,6 @@ L128_WIDE = _scaled(Config(128, 128, 128, 8, 3))
 L256 = _scaled(Config(256, 128, 128, 8, 3))
 L_CARRIED = replace(L256, carried=True)
 
-
-def _linear_defaults(l16: Config, l32: Config, l64_wide: Config, l64: Config, l128: Config) -> tuple[Default, ...]:
-    return (
-        Default(l16, upto=16), Default(l32, upto=32), Default(l64_wide, upto=64, waves=1.5), Default(l64, upto=64),
-        Default(L128_WIDE, upto=128, waves=1.5), Default(L_CARRIED, upto=3072, waves=0.9, full=0.75),
-        Default(replace(L_CARRIED, block_m=128), upto=3072, waves=0.9, full=0.75),
-        Default(L256, upto=512, waves=1.5), Default(l128, upto=512), Default(L256, upto=3072),
-        # None is the weight as bf16 in memory and cuBLAS: .86x of bf16 at 28672x4096, M = 4096, on an H100 (L_CARRIED .82x)
-        Default(None, n=16384), Default(L_CARRIED, waves=0.9), Default(None),
-    )
-
-
 LARGE = (
     L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), L_CARRIED, replace(L_CARRIED, split_k=FILL),
     replace(L_CARRIED, block_m=128, split_k=FILL),
@@ -105,14 +92,14 @@ SUMS = Kernel(
         L16, L16_LONG, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
         Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128), *LARGE,
     ),
-    (Default(L16_LONG, upto=16, waves=2), *_linear_defaults(L16, L32, L64_WIDE, L64, L128)), keywords,
+    keywords, label="W4A16",
 )
 L32_LONG = Config(32, 64, 256, 4, 3, split_k=FILL_TWICE)
 S16, S32, S64_WIDE, S64, S128 = (_scaled(config) for config in (L16_LONG, L32_LONG, L64_WIDE, L64, L128))
 ONE_SUM = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and _one_sum(p),
     (S16, replace(S16, split_k=4 * FILL), S32, S64_WIDE, S64, S128, *LARGE),
-    _linear_defaults(S16, S32, S64_WIDE, S64, S128), keywords, _one_sum_adapt,
+    keywords, _one_sum_adapt, label="W4A16 one sum",
 )
 
 D16 = Config(16, 64, 256, 4, 4, split_k=FILL_TWICE)
@@ -136,23 +123,21 @@ def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
     return keywords(p, config) | ({"FEW": False} if _crowded(p) else {})
 
 
-def _dynamic(groups: bool, configs: tuple[Config, ...], defaults: tuple[Default, ...]) -> Kernel:
+def _dynamic(groups: bool, configs: tuple[Config, ...], label: str) -> Kernel:
     fits = lambda p, card: p.layout == "cuda_int8" and (p.groups > 1) == groups  # noqa: E731
-    return Kernel("int4_dynamic", fits, configs, defaults, _dynamic_keywords, _dynamic_adapt)
+    return Kernel("int4_dynamic", fits, configs, _dynamic_keywords, _dynamic_adapt, label=label)
 
 
 DYNAMIC_ROW = _dynamic(
-    False, (D16, D64, D256_WIDE, D256, D_LARGE, D_SMALL, Config(64, 128, 256, 4, 3), Config(128, 128, 128, 4, 3)),
-    (
-        Default(D16, upto=16), Default(D_SMALL, upto=64, waves=1.5), Default(D64, upto=64),
-        Default(D256_WIDE, upto=256, waves=1.5), Default(D256, upto=256, k=8192), Default(D_SMALL, upto=256, waves=1.5),
-        Default(D256, upto=256), Default(D_LARGE, waves=0.9), Default(D256),
-    ),
+    False, (D16, D64, D256_WIDE, D256, D_LARGE, D_SMALL, Config(64, 128, 256, 4, 3), Config(128, 128, 128, 4, 3)), "W4A8"
 )
 G16 = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
-G_LARGE = Config(64, 128, 128, 8, 4)
 DYNAMIC_GROUPS = _dynamic(
-    True, (G16, D_SMALL, D256, G_LARGE, D_LARGE, Config(64, 64, 256, 4, 3, split_k=FILL_TWICE)),
-    (Default(G16, upto=16), Default(D_SMALL, upto=64), Default(D256)),
+    True,
+    (
+        G16, D_SMALL, D256, Config(64, 128, 128, 8, 4), Config(64, 128, 256, 4, 3), D_LARGE,
+        Config(64, 64, 256, 4, 3, split_k=FILL_TWICE),
+    ),
+    "W4A8 groups",
 )
 KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)

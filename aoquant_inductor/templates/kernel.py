@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from aoquant_inductor import _inductor_choices as inductor
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
+from aoquant_inductor.templates import costs
 
 FOLDER = Path(__file__).parent
 FILL, FILL_TWICE = -1, -2
 ANY = 1 << 62
 MAX_SPLIT = 16
+MOST_WAVES = 4  # of programs that share their tiles
 
 
 @dataclass(frozen=True)
@@ -60,38 +61,36 @@ class Config:
 
 @dataclass(frozen=True)
 class Default:
-    """What default mode takes for M <= upto, N >= n, K >= k on `arch` and later, where every multiprocessor gets at least
-    `waves` tiles, and is without one for at most 1 - `full` of the time; None is the portable lowering.
+    """What default mode takes for M <= upto, N >= n, K >= k, where every multiprocessor gets at least `waves` tiles; None is
+    the portable lowering.
     """
 
     config: Config | None
     upto: int = ANY
-    arch: int = 0
     n: int = 0
     k: int = 0
     waves: float = 0
-    full: float = 0
 
     def covers(self, p: Problem, card: Card) -> bool:
         m = ir.rows_hint(p.m)
-        waves = self.config.tiles(m, p.n) / card.sms if self.config is not None else self.waves
-        enough = waves >= self.waves and waves >= self.full * math.ceil(waves)
-        return m <= self.upto and card.arch >= self.arch and p.n >= self.n and p.k >= self.k and enough
+        enough = self.config is None or self.config.tiles(m, p.n) >= self.waves * card.sms
+        return m <= self.upto and p.n >= self.n and p.k >= self.k and enough
 
 
 @dataclass(frozen=True)
 class Kernel:
     """template: the stem of its source; kernels may share one. fits: whether it can do a problem at all. configs: what a search
-    tries. defaults: the first that covers the problem is taken without one. keywords: constants by the problem. adapt: a config
-    made right for a problem, or None if it cannot be.
+    tries. keywords: constants by the problem. adapt: a config made right for a problem, or None if it cannot be. Without a
+    search the first of `defaults` that covers the problem is taken, or, by `label`, the cheapest of the configs in costs.csv.
     """
 
     template: str
     fits: Callable[[Problem, Card], bool]
     configs: tuple[Config, ...]
-    defaults: tuple[Default, ...]
     keywords: Callable[[Problem, Config], dict[str, Any]]
     adapt: Callable[[Problem, Config], Config | None] = lambda p, config: config
+    defaults: tuple[Default, ...] = ()
+    label: str = ""
 
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
@@ -118,6 +117,23 @@ class Kernel:
         if split > steps or (split > 1 and tiles > inductor.COUNTERS):
             return None
         return replace(config, split_k=split)
+
+    def priced(self, p: Problem, card: Card) -> Iterator[tuple[float, Config]]:
+        """(microseconds, config) of every config with a price that can run here, in each split of K worth a thought."""
+        m = ir.rows_hint(p.m)
+        splits: dict[Config, bool] = {}
+        for config in self.configs:
+            base = replace(config, split_k=1)
+            splits[base] = splits.get(base, False) or config.split_k != 1
+        for base, may in splits.items():
+            cost = costs.costs().get((self.label, costs.key_of(base)))
+            tiles, steps = base.tiles(m, p.n), -(-p.k // (base.block_k * int(dict(base.extra).get("DOTS", 1))))
+            for split in (1, 2, 4, 8, 16) if may else (1,):
+                if cost is None or (split > 1 and (2 * split > steps or tiles * split > MOST_WAVES * card.sms)):
+                    break
+                if (able := self.config(p, card, replace(base, split_k=split))) is not None:
+                    apart = costs.of_split(split, tiles, base.block_m * base.block_n, card.sms)
+                    yield cost.us(tiles * split, -(-steps // split), card.sms) + apart, able
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
         most = ir.most_rows(p.m)

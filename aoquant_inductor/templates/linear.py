@@ -44,15 +44,13 @@ GENERAL_CONFIGS = (
     Config(128, 128, 64, 8, 3),
 )
 GENERAL = Kernel(
-    "linear", lambda p, card: p.layout in ("plain", "wgmma"), GENERAL_CONFIGS,
+    "linear", lambda p, card: p.layout in ("plain", "wgmma"), GENERAL_CONFIGS, _keywords, _adapt,
     (
         Default(GENERAL_CONFIGS[0], upto=16), Default(GENERAL_CONFIGS[1], upto=64), Default(GENERAL_CONFIGS[2], upto=256),
         Default(GENERAL_CONFIGS[3]),
     ),
-    _keywords, _adapt,
 )
 
-# Measured by benchmarks/tune.py on an H100 (132 multiprocessors): 28672x4096, 4096x14336 and 4096x4096.
 # int8 x int8 is exact with every ptxas. Large tiles want two programs per multiprocessor: Triton waits for every int32 dot, and
 # only a second program hides that. Few rows: x is the narrow side, and K is split until enough loads are in flight.
 D16 = Config(16, 64, 256, 4, 4, swap=True)
@@ -67,17 +65,7 @@ INT8_DYNAMIC = Kernel(
         *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64, D256) for split in (1, FILL, FILL_TWICE)),
         D512, D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True), Config(128, 64, 128, 4, 4),
     ),
-    (
-        Default(replace(D16, split_k=FILL_TWICE), upto=16, k=8192),
-        Default(replace(D16, split_k=FILL), upto=16),
-        Default(D64_WIDE, upto=64, waves=2),
-        Default(replace(D64, split_k=FILL_TWICE), upto=64, k=8192),
-        Default(replace(D64, split_k=FILL), upto=64),
-        Default(D_LARGE, waves=1.5),
-        Default(D512, upto=256, waves=1.2), Default(replace(D256, split_k=FILL_TWICE), upto=256), Default(D512, waves=0.9),
-        Default(replace(D256, split_k=FILL_TWICE)),
-    ),
-    _keywords, _adapt,
+    _keywords, _adapt, label="W8A8",
 )
 
 # Many rows: 1.7x cuBLAS's bf16 at M = 1024 and 4096 (28672x4096), where a program per tile is 1.5x; 1353 TOP/s at 8192^3.
@@ -86,8 +74,7 @@ PERSISTENT = Kernel(
     "persistent",
     lambda p, card: p.dynamic and p.bits == 8 and p.zero is None and p.k % 16 == 0 and card.arch >= 90,
     (P_LARGE, replace(P_LARGE, group_m=4), replace(P_LARGE, group_m=16), Config(128, 256, 128, 8, 4, group_m=16, programs=1)),
-    (Default(P_LARGE, waves=4),),
-    lambda p, config: {},
+    lambda p, config: {}, label="W8A8 persistent",
 )
 
 # int8 weights on the left, converted to bf16 in registers; the three ways to wait for a dot are in linear.py.jinja.
@@ -111,19 +98,6 @@ INT8_WEIGHT_ONLY = Kernel(
         ),
         W_LARGE, W_CARRIED, replace(W_CARRIED, block_m=128, split_k=FILL),
     ),
-    (
-        Default(replace(W16, split_k=3 * FILL), upto=16),
-        Default(replace(W32, split_k=FILL_TWICE), upto=32),
-        Default(replace(W64, split_k=FILL_TWICE), upto=64),
-        Default(replace(W128, split_k=FILL_TWICE), upto=128),
-        Default(W_CARRIED, upto=3072, waves=0.9, full=0.75),
-        Default(replace(W_CARRIED, block_m=128), upto=3072, waves=0.9, full=0.75),
-        Default(W256, upto=512, waves=1.5),
-        Default(replace(W128_HELD, split_k=FILL_TWICE), upto=512),
-        # None is one dequantization and cuBLAS: .72x and .88x of bf16 at 28672x4096, M = 1024 and 4096, on an H100 (W_LARGE
-        # .72x, .67x). A kernel that runs for long is slowed down by its power, W_CARRIED to .84x there at M = 4096
-        Default(None, n=16384), Default(W_CARRIED, waves=0.9), Default(None),
-    ),
-    _keywords, _adapt,
+    _keywords, _adapt, label="W8A16",
 )
 KERNELS = (PERSISTENT, INT8_DYNAMIC, INT8_WEIGHT_ONLY, GENERAL)

@@ -16,8 +16,8 @@ from aoquant_inductor.templates.kernel import Config, common_keywords, template
 
 @dataclass(frozen=True)
 class Whole:
-    """template: the stem of its source. config: its tile, of N x K of the weight. keywords: constants by the problem. dtype: what it
-    writes, None whatever is asked for.
+    """template: the stem of its source. config: its tile, of N x K of the weight. keywords: constants by the problem. dtype:
+    what it writes, None whatever is asked for.
     """
 
     template: str

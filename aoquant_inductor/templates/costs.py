@@ -1,0 +1,65 @@
+"""What default mode chooses by: the time of a config on a card, from costs.csv, which benchmarks/fit.py makes of measurements.
+
+The numbers are of Hopper cards with 132 multiprocessors. A card that is faster or slower in all of them takes the same configs;
+one with more or fewer multiprocessors has other waves, which the model knows.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from aoquant_inductor.templates.kernel import Config
+
+FILE = Path(__file__).parent / "costs.csv"
+COLUMNS = ("kernel", "config", "start", "step", "full")
+SPLIT, BF16 = ("split", ""), ("bf16", "")
+SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
+BYTES_PER_US = 3.3e6  # of memory
+WRITE_START = 2.5  # us
+
+
+class Cost(NamedTuple):
+    """Microseconds: to begin and to end; a step of K of a program with a multiprocessor for itself; of each of several."""
+
+    start: float
+    step: float
+    full: float
+
+    def us(self, programs: int, steps: int, sms: int) -> float:
+        return self.start + steps * max(self.step, math.ceil(programs / sms) * self.full)
+
+
+def key_of(config: Config) -> str:
+    """A config in costs.csv, where its splits are one."""
+    return f"{replace(config, split_k=1)} w{config.num_warps} s{config.num_stages} g{config.group_m}"
+
+
+@functools.cache
+def costs() -> dict[tuple[str, str], Cost]:
+    with FILE.open(newline="") as file:
+        return {(row[0], row[1]): Cost(*map(float, row[2:])) for row in list(csv.reader(file))[1:]}
+
+
+def of_split(split: int, tiles: int, area: int, sms: int) -> float:
+    """Microseconds that adding up the parts of tiles of `area` elements costs."""
+    if split == 1:
+        return 0.0
+    start, step, _ = costs()[SPLIT]
+    return start + step * split * math.ceil(tiles / sms) * area / SPLIT_AREA
+
+
+def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:
+    """Microseconds of cuBLAS for bf16 x[M, K] and w[N, K]: it has a tile for every shape, so that there are parts of waves."""
+    start, _, full = cost or costs()[BF16]
+    return start + max(2 * n * k / BYTES_PER_US, -(-k // 64) * m * n / (128 * 128) / sms * full)
+
+
+def of_writing(n: int, k: int, bits: int) -> float:
+    """Microseconds of making bf16 w[N, K] in memory of one with so many bits."""
+    return WRITE_START + n * k * (bits / 8 + 2) / BYTES_PER_US

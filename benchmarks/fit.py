@@ -1,0 +1,164 @@
+"""What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
+
+    us = start + steps * max(step, ceil(programs / multiprocessors) * full), and for split K
+       + split.start + split.step * split * ceil(tiles / multiprocessors) * block_m * block_n / 8192
+
+steps: of K, by one program. Three numbers for a config, and the two of a split, by the least sum of |log(model / measured)|.
+What is printed says how good they are: the time of the config that the model takes over that of the fastest one measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aoquant_inductor.templates import KERNELS
+from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, SPLIT, SPLIT_AREA, Cost, key_of, of_bf16
+from benchmarks.measure import RESULTS
+
+SMS = 132  # of both cards measured
+LABELS = {  # (template, scheme) of a row -> Kernel.label
+    ("linear", "int8wo"): "W8A16", ("linear", "int8dq"): "W8A8", ("persistent", "int8dq"): "W8A8 persistent",
+    ("int4_linear", "int4wo-128"): "W4A16", ("int4_linear", "int4wo-32"): "W4A16 one sum",
+    ("int4_linear", "int4wo-32-asym"): "W4A16 one sum", ("int4_dynamic", "int8dq-int4w"): "W4A8",
+    ("int4_dynamic", "int8dq-int4w-128"): "W4A8 groups",
+}
+FEWEST = 16  # rows: below, kernels of other kinds run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured config: where, which, its tiles of M x N, the steps of K of a program."""
+
+    problem: tuple[str, str, int, int, int]  # card, scheme, N, K, M
+    label: str
+    config: str
+    split: int
+    tiles: int
+    area: int
+    steps: int
+    us: float
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    for path in sorted(folder.glob("*.tune.csv")):
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                n, k, m = (int(line[name]) for name in "nkm")
+                problem = (path.name.partition(".")[0], line["scheme"], n, k, m)
+                us = float(line["us"] or "inf")
+                if line["quantizing"] == "True" or not math.isfinite(us) or "WRONG" in line["note"] or m < FEWEST:
+                    continue
+                if line["kernel"] == "bf16":
+                    yield Row(problem, "bf16", "", 1, 0, 0, -(-k // 64), us)
+                label = LABELS.get((line["kernel"], line["scheme"]))
+                if label is None:
+                    continue
+                text = re.sub(r" persistent| \{.*", "", line["config"]).strip()
+                bm, bn, bk = map(int, re.match(r"(\d+)x(\d+)x(\d+)", text).groups())  # type: ignore[union-attr]
+                found = re.search(r" split (\d+)", text)
+                split = int(found.group(1)) if found else 1
+                steps = -(-k // (bk * (2 if " dots" in text else 1)))
+                tiles = -(-m // bm) * -(-n // bn)
+                yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, -(-steps // split), us)
+
+
+def fit(measured: Sequence[Row]) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
+    """({(label, config): [start, step, full]}, [split start, split step])."""
+    configs = sorted({(r.label, r.config) for r in measured})
+    place = {key: i for i, key in enumerate(configs)}
+    index = torch.tensor([place[r.label, r.config] for r in measured])
+    steps = torch.tensor([float(r.steps) for r in measured])
+    waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
+    parts = torch.tensor([r.split * -(-r.tiles // SMS) * r.area / SPLIT_AREA * (r.split > 1) for r in measured])
+    is_split = (parts > 0).float()
+    us = torch.tensor([r.us for r in measured])
+    # a step is not faster alone than 64x64x128 integer products are, nor slower than .5 us: what a config has too few rows for
+    first = torch.tensor([3.0, 0.3, 0.2]).log().repeat(len(configs), 1)
+    cost, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3]).log().requires_grad_()
+    optimizer = torch.optim.Adam([cost, split], lr=0.03)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+    for _ in range(3000):
+        start, step, full = cost.exp()[index].unbind(1)
+        more = is_split * split[0].exp() + parts * split[1].exp()
+        error = (torch.log(start + steps * torch.maximum(step, waves * full) + more) - us.log()).abs()
+        loss = error.mean() + 1e-4 * (cost - first).square().mean() * len(configs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    median, mean = float(error.detach().median()), float(error.detach().mean())
+    print(f"{len(measured)} rows, {len(configs)} configs: median error {median:.1%}, mean {mean:.1%}")
+    return {key: cost.exp()[i].tolist() for key, i in place.items()}, split.exp().tolist()
+
+
+def fit_cublas(measured: Sequence[Row]) -> list[float]:
+    """[start, 0, full] of cuBLAS's bf16 (costs.of_bf16), by trying a little more and a little less of each."""
+    def loss(cost: Sequence[float]) -> float:
+        errors = (math.log(of_bf16(r.problem[4], r.problem[2], r.problem[3], SMS, Cost(*cost)) / r.us) for r in measured)
+        return sum(map(abs, errors)) / len(measured)
+
+    best = [3.0, 0.0, 0.27]
+    for scale in (1.5, 1.2, 1.1, 1.05, 1.02, 1.01) * 3:
+        for i in (0, 2):
+            for factor in (scale, 1 / scale):
+                tried = [*best[:i], best[i] * factor, *best[i + 1 :]]
+                best = tried if loss(tried) < loss(best) else best
+    print(f"cuBLAS: {len(measured)} rows, mean error {loss(best):.1%}; {' '.join(f'{value:.3f}' for value in best)}")
+    return best
+
+
+def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]], split: Sequence[float]) -> None:
+    """Prints how far the model's choices are from the fastest measured."""
+    def modelled(r: Row) -> float:
+        start, step, full = costs[r.label, r.config]
+        more = split[0] + split[1] * r.split * -(-r.tiles // SMS) * r.area / SPLIT_AREA if r.split > 1 else 0
+        return start + r.steps * max(step, -(-r.tiles * r.split // SMS) * full) + more
+
+    problems = defaultdict(list)
+    for r in measured:
+        problems[r.problem].append(r)
+    found = []
+    for problem, tried in problems.items():
+        taken, best = min(tried, key=modelled), min(tried, key=lambda r: r.us)
+        found.append((taken.us / best.us, problem, f"{taken.config} split {taken.split}", f"{best.config} split {best.split}"))
+    found.sort(reverse=True)
+    print(f"{len(found)} problems: taken / fastest {sum(f[0] for f in found) / len(found):.3f} in the mean; the worst:")
+    for ratio, problem, taken, fastest in found[:8]:
+        print(f"  {ratio:.2f} {' '.join(map(str, problem))}: {taken}, not {fastest}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", type=Path, default=RESULTS)
+    p.add_argument("--to", type=Path, default=FILE)
+    args = p.parse_args(argv)
+    everything = list(rows(args.results))
+    wanted = {(kernel.label, key_of(config)) for kernel in KERNELS for config in kernel.configs}
+    measured = [r for r in everything if (r.label, r.config) in wanted]
+    torch.manual_seed(0)
+    costs, split = fit(measured)
+    judge(measured, costs, split)
+    costs[BF16] = fit_cublas([r for r in everything if r.label == "bf16" and r.problem[4] >= 64])
+    costs[SPLIT] = [*split, 0.0]
+    with args.to.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([*key, *(f"{value:.3f}" for value in cost)] for key, cost in sorted(costs.items()))
+    missing = {key for key in wanted if key not in costs and key[0] in LABELS.values()}
+    for label, config in sorted(missing):
+        print(f"not measured: {label} {config}")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
