@@ -143,10 +143,11 @@ def linear(p: Problem) -> tuple[str, Any]:
 
 
 def us(p: Problem, card: Card) -> float:
-    """Microseconds of `linear` on a GPU, as far as it is meant to be fast there: a weight-only one."""
-    if p.dynamic:
+    """Microseconds of `linear` on a GPU where it may be the fastest: of weights alone, for rows that are worth a copy in bf16."""
+    m = ir.rows_hint(p.m)
+    if p.dynamic or m < 64:
         return math.inf
-    return costs.of_writing(p.n, p.k, p.bits) + costs.of_bf16(ir.rows_hint(p.m), p.n, p.k, card.sms)
+    return costs.of_writing(p.n, p.k, p.bits) + costs.of_bf16(m, p.n, p.k, card.sms)
 
 
 def grad(p: Problem) -> Any:

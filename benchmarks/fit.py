@@ -1,9 +1,9 @@
 """What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
 
-    us = start + steps * max(step, ceil(programs / multiprocessors) * full), and for split K
-       + split.start + split.step * split * ceil(tiles / multiprocessors) * block_m * block_n / 8192
+    us = start + max(steps * max(step, ceil(programs / multiprocessors) * full), bytes of the weight / rate), and for split K
+       + split.start + split * block_m * block_n / 8192 * (split.step + split.full * tiles / multiprocessors)
 
-steps: of K, by one program. Three numbers for a config, and the two of a split, by the least sum of |log(model / measured)|.
+steps: of K, by one program. Three numbers for a config, and for all splits, by the least sum of |log(model / measured)|.
 What is printed says how good they are: the time of the config that the model takes over that of the fastest one measured.
 """
 
@@ -21,17 +21,20 @@ from pathlib import Path
 
 import torch
 
+from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS
-from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, SPLIT, SPLIT_AREA, Cost, key_of, of_bf16
+from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, SPLIT, SPLIT_AREA, Cost, key_of, of_bf16, of_split
 from benchmarks.measure import RESULTS
 
 SMS = 132  # of both cards measured
+RATES = {"h100-80gb-hbm3": 3.0e6, "h200": 4.0e6}  # bytes/us that their memory gives
 LABELS = {  # (template, scheme) of a row -> Kernel.label
     ("linear", "int8wo"): "W8A16", ("linear", "int8dq"): "W8A8", ("persistent", "int8dq"): "W8A8 persistent",
     ("int4_linear", "int4wo-128"): "W4A16", ("int4_linear", "int4wo-32"): "W4A16 one sum",
     ("int4_linear", "int4wo-32-asym"): "W4A16 one sum", ("int4_dynamic", "int8dq-int4w"): "W4A8",
     ("int4_dynamic", "int8dq-int4w-128"): "W4A8 groups",
 }
+STEPS, WEIGHT = 3000, 1e-3  # of the fit: of gradient descent, of what holds numbers without rows
 FEWEST = 16  # rows: below, kernels of other kinds run
 
 
@@ -47,6 +50,12 @@ class Row:
     area: int
     steps: int
     us: float
+
+    @property
+    def memory(self) -> float:
+        """Microseconds that the weight takes to be read."""
+        card, scheme, n, k, _ = self.problem
+        return n * k * resolve(scheme).weight.bits / 8 / RATES[card]
 
 
 def rows(folder: Path) -> Iterator[Row]:
@@ -73,32 +82,36 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 def fit(measured: Sequence[Row]) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
-    """({(label, config): [start, step, full]}, [split start, split step])."""
+    """({(label, config): [start, step, full]}, those of a split)."""
     configs = sorted({(r.label, r.config) for r in measured})
     place = {key: i for i, key in enumerate(configs)}
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
-    parts = torch.tensor([r.split * -(-r.tiles // SMS) * r.area / SPLIT_AREA * (r.split > 1) for r in measured])
-    is_split = (parts > 0).float()
-    us = torch.tensor([r.us for r in measured])
-    # a step is not faster alone than 64x64x128 integer products are, nor slower than .5 us: what a config has too few rows for
-    first = torch.tensor([3.0, 0.3, 0.2]).log().repeat(len(configs), 1)
-    cost, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3]).log().requires_grad_()
-    optimizer = torch.optim.Adam([cost, split], lr=0.03)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
-    for _ in range(3000):
-        start, step, full = cost.exp()[index].unbind(1)
-        more = is_split * split[0].exp() + parts * split[1].exp()
-        error = (torch.log(start + steps * torch.maximum(step, waves * full) + more) - us.log()).abs()
-        loss = error.mean() + 1e-4 * (cost - first).square().mean() * len(configs)
+    parts = torch.tensor([r.split * r.area / SPLIT_AREA * (r.split > 1) for r in measured])
+    is_split, tiles = (parts > 0).float(), torch.tensor([r.tiles / SMS for r in measured])
+    us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
+    # [start, full, what a step takes more when it has nobody to hide its waits behind]
+    first = torch.tensor([3.0, 0.3, 0.3]).log().repeat(len(configs), 1)
+    raw, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3, 0.3]).log().requires_grad_()
+    optimizer = torch.optim.Adam([raw, split], lr=0.03)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        start, full, alone = raw.exp().unbind(1)
+        cost = torch.stack([start, full * (1 + alone), full], 1)
+        more = is_split * split[0].exp() + parts * (split[1].exp() + tiles * split[2].exp())
+        begin, step, full = cost[index].unbind(1)
+        work = torch.maximum(steps * torch.maximum(step, waves * full), memory)
+        error = (torch.log(begin + work + more) - us.log()).abs()
+        loss = error.mean() + WEIGHT * (raw - first).square().mean()  # where there are few rows
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    median, mean = float(error.detach().median()), float(error.detach().mean())
+    cost, split, error = cost.detach(), split.detach(), error.detach()
+    median, mean = float(error.median()), float(error.mean())
     print(f"{len(measured)} rows, {len(configs)} configs: median error {median:.1%}, mean {mean:.1%}")
-    return {key: cost.exp()[i].tolist() for key, i in place.items()}, split.exp().tolist()
+    return {key: cost[i].tolist() for key, i in place.items()}, split.exp().tolist()
 
 
 def fit_cublas(measured: Sequence[Row]) -> list[float]:
@@ -121,8 +134,8 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]], sp
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
         start, step, full = costs[r.label, r.config]
-        more = split[0] + split[1] * r.split * -(-r.tiles // SMS) * r.area / SPLIT_AREA if r.split > 1 else 0
-        return start + r.steps * max(step, -(-r.tiles * r.split // SMS) * full) + more
+        whole = Cost(start, step, full).us(r.tiles * r.split, r.steps, SMS, r.memory)
+        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*split))
 
     problems = defaultdict(list)
     for r in measured:
@@ -149,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs, split = fit(measured)
     judge(measured, costs, split)
     costs[BF16] = fit_cublas([r for r in everything if r.label == "bf16" and r.problem[4] >= 64])
-    costs[SPLIT] = [*split, 0.0]
+    costs[SPLIT] = split
     with args.to.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)

@@ -14,8 +14,10 @@ from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor.card import UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel
+from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel, costs
 from aoquant_inductor.templates.kernel import MAX_SPLIT
+from benchmarks import fit
+from benchmarks.measure import RESULTS
 
 H100 = Card(90, 132, 232448, (12, 8))
 CARDS = {"h100": H100, "a100": Card(80, 108, 166912, (12, 8)), "a10": Card(86, 72, 101376, UNKNOWN), "mi300": Card(0, 304, 65536, UNKNOWN)}
@@ -57,75 +59,53 @@ def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
 
 BY_PTXAS = {
     (12, 8): [
-        ("int8dq", 28672, 4096, 16, "16x64x256 swapped"),
-        ("int8dq", 4096, 4096, 16, "16x64x256 swapped split 2"),
-        ("int8dq", 4096, 14336, 16, "16x64x256 swapped split 4"),
-        ("int8dq", 28672, 4096, 64, "64x64x128 swapped"),
-        ("int8dq", 4096, 4096, 64, "64x32x256"),
-        ("int8dq", 4096, 14336, 64, "64x32x256 split 2"),
-        ("int8dq", 28672, 4096, 256, "128x128x128"),
-        ("int8dq", 4096, 4096, 256, "64x64x128"),
-        ("int8dq", 4096, 4096, 1024, "128x128x128"),
-        ("int8wo", 4096, 4096, 1, "1x2x2048"),
-        ("int8wo", 28672, 4096, 16, "16x64x128 swapped"),
-        ("int8wo", 4096, 14336, 16, "16x64x128 swapped split 4"),
-        ("int8wo", 4096, 14336, 64, "64x64x128 swapped split 4"),
-        ("int8wo", 4096, 4096, 64, "64x64x128 swapped split 4"),
-        ("int8wo", 28672, 4096, 256, "256x64x64 swapped held"),
-        ("int8wo", 4096, 14336, 256, "128x64x128 swapped held split 2"),
-        ("int8wo", 28672, 4096, 1024, None),
-        ("int8wo", 4096, 4096, 512, "128x64x128 swapped held"),
-        ("int8wo", 28672, 4096, 4096, None),
-        ("int8wo", 896, 4864, 1024, None),
-        ("int4wo-128", 28672, 4096, 1, "8x16x256"),
-        ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"),
-        ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
-        ("int4wo-128", 28672, 4096, 16, "16x64x256"),
-        ("int4wo-128", 4096, 4096, 16, "16x64x128 split 4"),
-        ("int4wo-128", 28672, 4096, 64, "64x128x128"),
-        ("int4wo-128", 4096, 14336, 64, "64x64x128 split 4"),
-        ("int4wo-128", 28672, 4096, 128, "128x128x128 scaled"),
-        ("int4wo-128", 4096, 14336, 128, "128x64x128 split 4"),
-        ("int4wo-128", 28672, 4096, 256, "256x128x128 scaled"),
-        ("int4wo-128", 4096, 4096, 256, "128x64x128 split 2"),
-        ("int4wo-128", 4096, 4096, 1024, "256x128x128 scaled"),
-        ("int4wo-128", 28672, 4096, 4096, None),
-        ("int8dq-int4w", 28672, 4096, 16, "16x64x256"),
-        ("int8dq-int4w", 4096, 14336, 64, "64x64x256 split 4"),
-        ("int8dq-int4w", 28672, 4096, 256, "128x128x128"),
-        ("int8dq-int4w", 4096, 14336, 256, "128x64x128 split 2"),
-        ("int8dq-int4w-128", 28672, 4096, 64, "64x64x128"),
-        ("int8dq-int4w-128", 28672, 4096, 1024, "128x64x128"),
-        ("int8dq-int4w", 28672, 4096, 64, "64x64x128"),
-        ("int8wo", 6144, 4096, 16, "16x64x128 swapped split 4"),
-        ("int8dq", 3840, 1280, 16, "16x64x256 swapped"),
-        ("int8dq", 6144, 4096, 256, "64x128x128 swapped"),
-        ("int8wo", 3840, 1280, 256, "128x64x128 swapped held"),
-        ("int8dq-int4w", 3840, 1280, 256, "64x64x128"),
-        ("int8dq", 4096, 4096, 512, "64x128x128 swapped"),
-        ("int4wo-128", 151936, 896, 1, "8x16x128"),
+        ("int8wo", 4096, 4096, 1, "1x2x2048"), ("int4wo-128", 28672, 4096, 1, "8x16x256"), ("int4wo-128", 151936, 896, 1, "8x16x128"),
+        ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"), ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
+        ("int8dq", 28672, 4096, 16, "16x64x256 swapped"), ("int8dq", 28672, 4096, 256, "128x128x128"),
+        ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, None),
     ],
     (13, 5): [
-        ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried"),
-        ("int8wo", 4096, 14336, 256, "128x64x128 swapped held split 2"),
-        ("int8wo", 4096, 4096, 1024, "256x128x64 swapped carried"),
-        ("int4wo-128", 4096, 14336, 4096, "256x128x128 carried scaled"),
-        ("int8wo", 6144, 4096, 1024, "128x128x64 swapped carried"),
-        ("int4wo-128", 28672, 4096, 4096, None),
-        ("int8wo", 28672, 4096, 4096, None),
-        ("int4wo-32", 4096, 4096, 1024, "256x128x128 carried scaled"),
-        ("int4wo-128", 4096, 4096, 256, "128x64x128 split 2"),
+        ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried"),
+        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried scaled"), ("int8wo", 28672, 4096, 4096, None),
+        ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
     ],
 }
-"""What was fastest at (scheme, N, K, M), None where that is the portable lowering; carried sums need the newer ptxas."""
+"""What is fastest at (scheme, N, K, M), None where that is the portable lowering; carried sums need the newer ptxas."""
 
 
 @pytest.mark.parametrize(("ptxas", "case"), [(ptxas, case) for ptxas, cases in BY_PTXAS.items() for case in cases])
-def test_the_default_is_what_was_fastest(ptxas: tuple[int, int], case: tuple[str, int, int, int, str | None]) -> None:
+def test_the_default_of_some_problems(ptxas: tuple[int, int], case: tuple[str, int, int, int, str | None]) -> None:
     *of, wanted = case
     card = replace(H100, ptxas=ptxas)
     found = default(problem(*of, card), card)
     assert (found and str(found[1])) == wanted
+
+
+@pytest.mark.parametrize("ptxas", BY_PTXAS)
+def test_the_default_is_about_the_fastest_of_everything_measured(ptxas: tuple[int, int]) -> None:
+    """Not only where the prices come from: of configs that may run, with what else a default depends on."""
+    card = replace(H100, ptxas=ptxas)
+    measured: dict[tuple[str, str, int, int, int], dict[tuple[str, str, int], float]] = {}
+    for row in fit.rows(RESULTS):
+        if row.label != "bf16" and (card.may_carry or "carried" not in row.config):
+            measured.setdefault(row.problem, {})[row.label, row.config, row.split] = row.us
+    ratios = {}
+    for of, times in measured.items():
+        if (found := default(problem(*of[1:], card), card)) is None or "asym" in of[1]:
+            continue
+        key = (found[0].label, costs.key_of(found[1]).replace("persistent ", ""), found[1].split_k)
+        if key in times:
+            ratios[of] = times[key] / min(times.values())
+    assert len(ratios) > 200
+    assert sum(ratios.values()) / len(ratios) < 1.05
+    assert max(ratios.values()) < 1.45, max(ratios, key=ratios.__getitem__)
+
+
+def test_every_config_without_a_default_has_a_price() -> None:
+    for kernel in KERNELS:
+        assert bool(kernel.defaults) != bool(kernel.label), kernel.template
+        missing = [str(config) for config in kernel.configs if kernel.label and (kernel.label, costs.key_of(config)) not in costs.costs()]
+        assert not missing, (kernel.label, missing)
 
 
 @pytest.mark.parametrize("m", [1024, 4096])
@@ -161,7 +141,7 @@ def test_everything_has_a_default_that_fits(scheme: str, card: Card) -> None:
         p = problem(scheme, n, k, m, card)
         found = default(p, card)
         if found is None:
-            assert (scheme, p.layout) == ("int8wo", "wgmma") and m > 512
+            assert (scheme, p.layout) == ("int8wo", "wgmma") and m >= 64
             continue
         _check(p, card, *found)
 
@@ -198,4 +178,6 @@ def test_a_carried_accumulator_needs_the_newer_ptxas() -> None:
 @pytest.mark.parametrize("scheme", ["int4wo-128", "int4wo-32", "int4wo-row", "int8dq-int4w", "int8dq-int4w-128"])
 def test_int4_has_a_default_that_fits(scheme: str, card: Card) -> None:
     for n, k, m in itertools.product((16, 896, 28672), (128, 14336), (1, 5, 17, 100, 600, 3000)):
-        assert default(problem(scheme, n, k, m, card), card) is not None, (n, k, m)
+        # a bf16 copy of a weight without tiles for the card, or of many rows
+        copied = scheme.startswith("int4wo") and m >= 64 and (n < 28672 or m >= 600)
+        assert copied or default(problem(scheme, n, k, m, card), card) is not None, (n, k, m)

@@ -22,6 +22,8 @@ SPLIT, BF16 = ("split", ""), ("bf16", "")
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
+LONG, HOT = 500.0, 1.12
+"""A weight-only kernel of LONG us is slower by HOT than its steps say: more than cuBLAS it draws the card's last watts."""
 
 
 class Cost(NamedTuple):
@@ -31,8 +33,9 @@ class Cost(NamedTuple):
     step: float
     full: float
 
-    def us(self, programs: int, steps: int, sms: int) -> float:
-        return self.start + steps * max(self.step, math.ceil(programs / sms) * self.full)
+    def us(self, programs: int, steps: int, sms: int, memory: float) -> float:
+        """`memory`: microseconds that the weight takes to be read, whatever is done with it."""
+        return self.start + max(steps * max(self.step, math.ceil(programs / sms) * self.full), memory)
 
 
 def key_of(config: Config) -> str:
@@ -46,12 +49,12 @@ def costs() -> dict[tuple[str, str], Cost]:
         return {(row[0], row[1]): Cost(*map(float, row[2:])) for row in list(csv.reader(file))[1:]}
 
 
-def of_split(split: int, tiles: int, area: int, sms: int) -> float:
-    """Microseconds that adding up the parts of tiles of `area` elements costs."""
+def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost | None = None) -> float:
+    """Microseconds of adding up the parts of tiles of `area` elements: by the last program of a tile, and through memory."""
     if split == 1:
         return 0.0
-    start, step, _ = costs()[SPLIT]
-    return start + step * split * math.ceil(tiles / sms) * area / SPLIT_AREA
+    start, step, full = cost or costs()[SPLIT]
+    return start + split * area / SPLIT_AREA * (step + full * tiles / sms)
 
 
 def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:

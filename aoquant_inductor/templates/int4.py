@@ -90,7 +90,8 @@ SUMS = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and not _one_sum(p),
     (
         L16, L16_LONG, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
-        Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128), *LARGE,
+        Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128),
+        replace(_scaled(L128), carried=True), *LARGE,
     ),
     keywords, label="W4A16",
 )

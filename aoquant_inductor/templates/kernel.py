@@ -120,12 +120,16 @@ class Kernel:
 
     def priced(self, p: Problem, card: Card) -> Iterator[tuple[float, Config]]:
         """(microseconds, config) of every config with a price that can run here, in each split of K worth a thought."""
-        m = ir.rows_hint(p.m)
+        m, memory = ir.rows_hint(p.m), p.n * p.k * p.bits / 8 / costs.BYTES_PER_US
         splits: dict[Config, bool] = {}
         for config in self.configs:
             base = replace(config, split_k=1)
             splits[base] = splits.get(base, False) or config.split_k != 1
+        rows = 1 << (m - 1).bit_length()
         for base, may in splits.items():
+            # half as high as there are rows, or as high: others were not measured
+            if not min(rows // 2, 64) <= base.block_m <= max(16, rows):
+                continue
             cost = costs.costs().get((self.label, costs.key_of(base)))
             tiles, steps = base.tiles(m, p.n), -(-p.k // (base.block_k * int(dict(base.extra).get("DOTS", 1))))
             for split in (1, 2, 4, 8, 16) if may else (1,):
@@ -133,7 +137,8 @@ class Kernel:
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
                     apart = costs.of_split(split, tiles, base.block_m * base.block_n, card.sms)
-                    yield cost.us(tiles * split, -(-steps // split), card.sms) + apart, able
+                    us = cost.us(tiles * split, -(-steps // split), card.sms, memory) + apart
+                    yield us * costs.HOT if us > costs.LONG and not p.dynamic else us, able
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
         most = ir.most_rows(p.m)
