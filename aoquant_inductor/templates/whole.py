@@ -39,8 +39,8 @@ ROWS = Whole("int4_rows", Config(128, 128, 128, 8, 1), _int4, torch.int8)
 
 
 def dense(p: Problem, dtype: torch.dtype) -> Any | None:
-    """The dequantized weight[N, K] in `dtype`, or in the one that its kernel writes; None where its layout has none."""
-    kernel = DENSE.get(p.layout)
+    """The dequantized weight[N, K] in `dtype`, or in what its kernel writes; None on a CPU, and where its layout has no kernel."""
+    kernel = None if p.device.type == "cpu" else DENSE.get(p.layout)
     return None if kernel is None else _write(p, kernel, kernel.dtype or dtype)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from util import BF16, FP16, FP32, activation, assert_counts, compiled, from_pack, linear64, sqnr_db
 
 import aoquant_inductor
@@ -83,3 +86,19 @@ def test_static_m(m: int) -> None:
     w = from_pack(linear.weight, SCHEMES[name])
     assert sqnr_db(y, linear64(x, linear, resolve("int8dq") if m > LARGE_M else SCHEMES[name], w)) > (46 if m <= LARGE_M else 38)
     assert ("W8A8" in str(aoquant_inductor.report(function).layers[0].kernel)) == (m > LARGE_M)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("int8wo", BF16), ("int8wo", FP16), ("int8wo-64", BF16), ("int4wo-128-asym", BF16), ("int4wo-32", BF16)]
+)
+def test_a_weight_with_few_tiles_is_copied_for_cublas(name: str, dtype: torch.dtype) -> None:
+    linear = nn.Linear(4160, 1040, device="cuda", dtype=dtype).eval()
+    x = torch.randn(1000, 4160, device="cuda", dtype=dtype)
+    function = compiled(linear, name)
+    with torch.no_grad():
+        y, (code, *_) = run_and_get_code(function, x)
+    assert sqnr_db(y, linear64(x, linear, SCHEMES[name], from_pack(linear.weight, SCHEMES[name]))) > 45
+    report = aoquant_inductor.report(function)
+    assert_counts(report, 1)
+    assert report.layers[0].kernel == "portable: dequantize + mm"
+    assert re.findall(r"(triton_[a-z]+)_\w+\.run\(", code) == ["triton_tem"], code

@@ -30,3 +30,4 @@ def test_odd_shapes_under_memcheck() -> None:
     kernels = done.stdout
     for kind in ("gemv", "gemv_dynamic", "linear W8A16", "linear W8A8", "persistent W8A8", "int4_gemv", "int4_linear", "int4_dynamic"):
         assert f"Triton {kind}" in kernels, kernels
+    assert "portable: dequantize + mm" in kernels, kernels
