@@ -2,9 +2,9 @@
 
 cpu: CPU time of one thread, weights and x in whatever cache they fit (they are used again at once); bf16 is torch.compile's
      default mode, so is ours.
-cuda: device time inside a CUDA graph over copies of the layer that hold more than the L2 cache. bf16 is compiled in default
-     mode and with max-autotune-no-cudagraphs, and the faster one is what the ratios are against; ours in default mode, without
-     a search, or with --search too.
+cuda: device time inside a CUDA graph over copies of the layer, all in one compiled graph, that hold more than the L2 cache.
+     bf16 is compiled in default mode and with max-autotune-no-cudagraphs, and the faster one is what the ratios are against;
+     ours in default mode, without a search, or with --search too.
 Every M is a static compile of its own, and every problem a process of its own, `--jobs` of which compile at once; measured
 is one at a time. torchao (--peers) is compiled with max-autotune-no-cudagraphs, where it has the scheme.
 """
@@ -12,7 +12,6 @@ is one at a time. torchao (--peers) is compiled with max-autotune-no-cudagraphs,
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import statistics
@@ -75,42 +74,62 @@ class Problem:
 
 @dataclass
 class Series:
-    """One compiled form of the linear: its copies, and which kernels serve them."""
+    """One compiled form of so many copies of the linear: a call of all of them, and which kernels serve them."""
 
     scheme: str
     mode: str
-    calls: list[measure.Call]
+    call: measure.Call
+    copies: int
     kernels: str
+
+
+class Copies(nn.Module):
+    """As a model holds its layers, each with an input of its own: nothing is shared, and what a graph does once is done once."""
+
+    def __init__(self, count: int, n: int, k: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(build.Linear(n, k) for _ in range(count))
+
+    def forward(self, xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
 
 
 def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool) -> tuple[list[Series], list[str]]:
     """Everything to be measured, compiled and called once, bf16 first, and what was refused."""
-    x = torch.randn(problem.m, problem.shape[1], device=problem.device, dtype=torch.bfloat16)
+    kind = {"device": problem.device, "dtype": torch.bfloat16}
+    most = max(problem.copies(16 if scheme == "bf16" else resolve(scheme).weight.bits) for scheme in ("bf16", *schemes))
+    xs = list(torch.randn(most, problem.m, problem.shape[1], **kind))
     found: list[Series] = []
     refused: list[str] = []
 
-    def add(scheme: str, mode: str, compiled: Sequence[Compiled], kernels: str) -> None:
-        found.append(Series(scheme, mode, [partial(c, x) for c in compiled], kernels))
-        for call in found[-1].calls:  # packed, and its original let go, before the next scheme's copies come
-            call()
+    def add(scheme: str, mode: str, bits: float, compiler: Callable[[nn.Module], Compiled | None]) -> list[torch.Tensor] | None:
+        """The outputs; None where the compiler has nothing for it."""
+        count = problem.copies(bits)
+        compiled = compiler(build.fresh(partial(Copies, count, *problem.shape), problem.device))
+        if compiled is None:
+            return None
+        call = partial(compiled, xs[:count])
+        found.append(Series(scheme, mode, call, count, ""))
+        return call()  # packed, and its originals let go, before the next scheme's copies come
 
     with torch.no_grad(), build.no_caches():
         for mode in (DEFAULT, SEARCH) if problem.device == "cuda" else (DEFAULT,):
-            add("bf16", mode, _compile(problem, 16, partial(build.compile_bf16, mode=mode)), "")
-        reference = [call() for call in found[0].calls[:2]]
+            reference = add("bf16", mode, 16, partial(build.compile_bf16, mode=mode))
+        assert reference is not None
         for scheme in schemes:
+            bits = resolve(scheme).weight.bits
             for mode in (DEFAULT, SEARCH) if search else (DEFAULT,):
-                quantized = partial(build.compile_quantized, scheme=scheme, mode=mode, release=True)
-                compiled = _compile(problem, resolve(scheme).weight.bits, quantized)
+                ys = add(scheme, mode, bits, partial(build.compile_quantized, scheme=scheme, mode=mode, release=True))
+                last = found[-1]
                 try:
-                    names = {build.kernels(c, 1, c(x), y) for c, y in zip(compiled, reference, strict=False)}
+                    pair = (torch.stack(outputs[:2]) for outputs in (ys or [], reference))
+                    last.kernels = build.kernels(last.call.func, last.copies, *pair)  # type: ignore[attr-defined]
                 except build.Refused as why:
                     refused.append(f"{problem.name} M={problem.m} {scheme} {mode}: {why}")
-                else:
-                    add(scheme, mode, compiled, ", ".join(sorted(names)))
+                    found.pop()
             mode = SEARCH if problem.device == "cuda" else DEFAULT
-            if peers and (peer := _peer(problem, scheme, mode)) is not None:
-                add(f"torchao {scheme}", mode, peer, "torchao")
+            if peers and add(f"torchao {scheme}", mode, bits, partial(_peer, problem, scheme, mode)) is not None:
+                found[-1].kernels = "torchao"
     return found, refused
 
 
@@ -122,7 +141,7 @@ def measure_problem(
     before = build.graphs()
     ready()
     with torch.no_grad():
-        times = _time(problem, {f"{i}": series.calls for i, series in enumerate(found)})
+        times = _time(problem, {f"{i}": series for i, series in enumerate(found)})
     if build.graphs() != before:
         return [], [*refused, f"{problem.name} M={problem.m}: {build.graphs() - before} recompilations while timing"]
     base = min((times[f"{i}"] for i, series in enumerate(found) if series.scheme == "bf16"), key=statistics.median)
@@ -136,34 +155,20 @@ def measure_problem(
     ], refused
 
 
-def _models(problem: Problem, bits: float) -> Iterator[nn.Module]:
-    """Copies of a layer, all of one class: any number of them is two graphs. Copy i has the same values in every call."""
-    first = build.fresh(partial(build.Linear, *problem.shape), problem.device)
-    for i in range(problem.copies(bits)):
-        model = copy.deepcopy(first)
-        if i:
-            build.fill(model, i)
-        yield model
+def _peer(problem: Problem, scheme: str, mode: str, model: nn.Module) -> Compiled | None:
+    return build.compile_bf16(model, mode) if peer_torchao.quantize(model, scheme, problem.device) else None
 
 
-def _compile(problem: Problem, bits: float, compiler: Callable[[nn.Module], Compiled]) -> list[Compiled]:
-    return [compiler(model) for model in _models(problem, bits)]
-
-
-def _peer(problem: Problem, scheme: str, mode: str) -> list[Compiled] | None:
-    models = list(_models(problem, resolve(scheme).weight.bits))
-    if not all(peer_torchao.quantize(model, scheme, problem.device) for model in models):
-        return None
-    return [build.compile_bf16(model, mode) for model in models]
-
-
-def _time(problem: Problem, calls: dict[str, list[measure.Call]]) -> measure.Times:
+def _time(problem: Problem, series: dict[str, Series]) -> measure.Times:
+    """Microseconds of one copy."""
+    calls = {name: one.call for name, one in series.items()}
     if problem.device == "cuda":
-        return measure.gpu_time(calls, 3, problem.reps)
-    alone = {name: series[0] for name, series in calls.items()}
-    clock = measure.cpu_time if torch.get_num_threads() == 1 else measure.wall_time
-    once = min(clock(alone, 1, 2)["0"])
-    return clock(alone, max(1, int(CPU_BLOCK_US / once)), problem.reps)
+        times = measure.gpu_time({name: [call] for name, call in calls.items()}, 3, problem.reps)
+    else:
+        clock = measure.cpu_time if torch.get_num_threads() == 1 else measure.wall_time
+        once = min(clock(calls, 1, 2)["0"])
+        times = clock(calls, max(1, int(CPU_BLOCK_US / once)), problem.reps)
+    return {name: [us / series[name].copies for us in found] for name, found in times.items()}
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -39,7 +39,7 @@ ROWS = Whole("int4_rows", Config(128, 128, 128, 8, 1), _int4, torch.int8)
 
 
 def dense(p: Problem, dtype: torch.dtype) -> Any | None:
-    """The dequantized weight[N, K] in `dtype`, or in what its kernel writes; None on a CPU, and where its layout has no kernel."""
+    """The dequantized weight[N, K] in `dtype`, or in what its kernel writes; None on a CPU, and for a layout without one."""
     kernel = None if p.device.type == "cpu" else DENSE.get(p.layout)
     return None if kernel is None else _write(p, kernel, kernel.dtype or dtype)
 
