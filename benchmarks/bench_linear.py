@@ -84,7 +84,7 @@ class Series:
 
 
 class Copies(nn.Module):
-    """As a model holds its layers, each with an input of its own: nothing is shared, and what a graph does once is done once."""
+    """As a model holds its layers, each with an input of its own: nothing is shared but what a graph does once."""
 
     def __init__(self, count: int, n: int, k: int) -> None:
         super().__init__()
