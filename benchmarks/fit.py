@@ -1,9 +1,9 @@
 """What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
 
-    us = start + max(steps * max(step, ceil(programs / multiprocessors) * full), bytes of the weight / rate), and for split K
+    us = start + norm(steps * max(step, ceil(programs / multiprocessors) * full), bytes of the weight / rate), and for split K
        + split.start + split * block_m * block_n / 8192 * (split.step + split.full * tiles / multiprocessors)
 
-steps: of K, by one program. Three numbers for a config, and for all splits, by the least sum of |log(model / measured)|.
+steps: of K, by one program. Three numbers for a config, and for the splits of a kernel, by the least sum of |log(model / measured)|.
 What is printed says how good they are: the time of the config that the model takes over that of the fastest one measured.
 """
 
@@ -23,7 +23,7 @@ import torch
 
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS
-from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, SPLIT, SPLIT_AREA, Cost, key_of, of_bf16, of_split
+from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, NORM, SPLIT_AREA, Cost, key_of, of_bf16, of_split, split_of
 from benchmarks.measure import RESULTS
 
 SMS = 132  # of both cards measured
@@ -81,10 +81,12 @@ def rows(folder: Path) -> Iterator[Row]:
                 yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, -(-steps // split), us)
 
 
-def fit(measured: Sequence[Row]) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
-    """({(label, config): [start, step, full]}, those of a split)."""
+def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
+    """{(label, config): [start, step, full]}, and the splits of each label."""
     configs = sorted({(r.label, r.config) for r in measured})
     place = {key: i for i, key in enumerate(configs)}
+    labels = sorted({r.label for r in measured})
+    of = torch.tensor([labels.index(r.label) for r in measured])
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
@@ -93,15 +95,16 @@ def fit(measured: Sequence[Row]) -> tuple[dict[tuple[str, str], list[float]], li
     us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
     # [start, full, what a step takes more when it has nobody to hide its waits behind]
     first = torch.tensor([3.0, 0.3, 0.3]).log().repeat(len(configs), 1)
-    raw, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3, 0.3]).log().requires_grad_()
+    raw, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(len(labels), 1).requires_grad_()
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         start, full, alone = raw.exp().unbind(1)
         cost = torch.stack([start, full * (1 + alone), full], 1)
-        more = is_split * split[0].exp() + parts * (split[1].exp() + tiles * split[2].exp())
+        once, by_last, by_all = split.exp()[of].unbind(1)
+        more = is_split * once + parts * (by_last + tiles * by_all)
         begin, step, full = cost[index].unbind(1)
-        work = torch.maximum(steps * torch.maximum(step, waves * full), memory)
+        work = ((steps * torch.maximum(step, waves * full)) ** NORM + memory**NORM) ** (1 / NORM)
         error = (torch.log(begin + work + more) - us.log()).abs()
         loss = error.mean() + WEIGHT * (raw - first).square().mean()  # where there are few rows
         optimizer.zero_grad()
@@ -111,7 +114,8 @@ def fit(measured: Sequence[Row]) -> tuple[dict[tuple[str, str], list[float]], li
     cost, split, error = cost.detach(), split.detach(), error.detach()
     median, mean = float(error.median()), float(error.mean())
     print(f"{len(measured)} rows, {len(configs)} configs: median error {median:.1%}, mean {mean:.1%}")
-    return {key: cost[i].tolist() for key, i in place.items()}, split.exp().tolist()
+    splits = {split_of(label): split.exp()[i].tolist() for i, label in enumerate(labels)}
+    return {key: cost[i].tolist() for key, i in place.items()} | splits
 
 
 def fit_cublas(measured: Sequence[Row]) -> list[float]:
@@ -130,12 +134,12 @@ def fit_cublas(measured: Sequence[Row]) -> list[float]:
     return best
 
 
-def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]], split: Sequence[float]) -> None:
+def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) -> None:
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
         start, step, full = costs[r.label, r.config]
         whole = Cost(start, step, full).us(r.tiles * r.split, r.steps, SMS, r.memory)
-        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*split))
+        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label)]))
 
     problems = defaultdict(list)
     for r in measured:
@@ -159,15 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = {(kernel.label, key_of(config)) for kernel in KERNELS for config in kernel.configs}
     measured = [r for r in everything if (r.label, r.config) in wanted]
     torch.manual_seed(0)
-    costs, split = fit(measured)
-    judge(measured, costs, split)
+    costs = fit(measured)
+    judge(measured, costs)
     costs[BF16] = fit_cublas([r for r in everything if r.label == "bf16" and r.problem[4] >= 64])
-    costs[SPLIT] = split
     with args.to.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([*key, *(f"{value:.3f}" for value in cost)] for key, cost in sorted(costs.items()))
-    missing = {key for key in wanted if key not in costs and key[0] in LABELS.values()}
+    missing = {key for key in wanted if key not in costs and key[0]}
     for label, config in sorted(missing):
         print(f"not measured: {label} {config}")
     return 1 if missing else 0

@@ -93,13 +93,17 @@ def create_inline_asm(self: Any, text: str, constraints: str, values: list[Any],
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
     kinds = [kind.scalar for kind in (types if isinstance(types, list | tuple) else [types])]
-    registers = {f"${len(kinds) + i}": _words(value, pack) for i, value in enumerate(values)}
+    count = constraints.count("=")
+    registers = {f"${count + i}": _words(value, pack) for i, value in enumerate(values)}
     shape = values[0].data.shape
     run(text, registers)
     handles = []
     for i, kind in enumerate(kinds):
         dtype = np.dtype(_get_np_dtype(kind))
-        out = registers[f"${i}"]
+        if count > len(kinds):  # a register for each of `pack` neighbours
+            out = np.stack([registers[f"${i * pack + j}"] for j in range(pack)], -1)
+        else:
+            out = registers[f"${i}"]
         out = out.view(dtype) if pack > 1 or dtype.itemsize == 4 else out.astype(np.uint16).view(dtype)
         handles.append(TensorHandle(out.reshape(shape).copy(), kind))
 

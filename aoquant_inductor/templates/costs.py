@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).parent / "costs.csv"
 COLUMNS = ("kernel", "config", "start", "step", "full")
-SPLIT, BF16 = ("split", ""), ("bf16", "")
+BF16 = ("bf16", "")
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
+NORM = 2  # arithmetic and memory: the longer one, and a little of the other
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
 LONG, HOT = 500.0, 1.12
@@ -35,7 +36,8 @@ class Cost(NamedTuple):
 
     def us(self, programs: int, steps: int, sms: int, memory: float) -> float:
         """`memory`: microseconds that the weight takes to be read, whatever is done with it."""
-        return self.start + max(steps * max(self.step, math.ceil(programs / sms) * self.full), memory)
+        work = steps * max(self.step, math.ceil(programs / sms) * self.full)
+        return self.start + float((work**NORM + memory**NORM) ** (1 / NORM))
 
 
 def key_of(config: Config) -> str:
@@ -49,11 +51,16 @@ def costs() -> dict[tuple[str, str], Cost]:
         return {(row[0], row[1]): Cost(*map(float, row[2:])) for row in list(csv.reader(file))[1:]}
 
 
-def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost | None = None) -> float:
+def split_of(label: str) -> tuple[str, str]:
+    """Where the splits of a kernel are."""
+    return f"{label} split", ""
+
+
+def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
     """Microseconds of adding up the parts of tiles of `area` elements: by the last program of a tile, and through memory."""
     if split == 1:
         return 0.0
-    start, step, full = cost or costs()[SPLIT]
+    start, step, full = cost
     return start + split * area / SPLIT_AREA * (step + full * tiles / sms)
 
 

@@ -136,7 +136,8 @@ class Kernel:
                 if cost is None or (split > 1 and (2 * split > steps or tiles * split > MOST_WAVES * card.sms)):
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
-                    apart = costs.of_split(split, tiles, base.block_m * base.block_n, card.sms)
+                    price = costs.costs()[costs.split_of(self.label)]
+                    apart = costs.of_split(split, tiles, base.block_m * base.block_n, card.sms, price)
                     us = cost.us(tiles * split, -(-steps // split), card.sms, memory) + apart
                     yield us * costs.HOT if us > costs.LONG and not p.dynamic else us, able
 

@@ -63,7 +63,8 @@ INT8_DYNAMIC = Kernel(
     "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
     (
         *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64, D256) for split in (1, FILL, FILL_TWICE)),
-        D512, D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True), Config(128, 64, 128, 4, 4),
+        D512, replace(D512, split_k=FILL), D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True),
+        Config(128, 64, 128, 4, 4),
     ),
     _keywords, _adapt, label="W8A8",
 )
