@@ -4,7 +4,8 @@
        + split.start + split * block_m * block_n / 8192 * (split.step + split.full * tiles / multiprocessors)
 
 steps: of K, by one program. Three numbers for a config, and for the splits of a kernel, by the least sum of
-|log(model / measured)|. What is printed says how good they are: the time of the config that the model takes over that of the fastest one measured.
+|log(model / measured)|. What is printed says how good they are: the time of the config that the model takes over that of the
+fastest one measured.
 """
 
 from __future__ import annotations
