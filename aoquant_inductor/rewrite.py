@@ -93,6 +93,7 @@ class Site:
     entry: Entry | None = None
     packed: Packed | None = None
     launch: Packed | None = None  # what its kernel reads: `packed`, or that of several siblings
+    whole: Packed | None = None  # what `packed` is a part of, whoever reads it
 
     @property
     def layout(self) -> str:

@@ -23,7 +23,7 @@ from aoquant_inductor.report import KEPT, RELEASED, Layer, Report, log_of
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch
-from aoquant_inductor.weights import STORE, Entry
+from aoquant_inductor.weights import APART, STORE, Entry
 
 Compiled = Callable[..., Any]
 MAX_CONSTANT_GRAPHS = 4
@@ -79,18 +79,31 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compile
 
 @dataclass(frozen=True)
 class _Linear:
-    """A packed linear of a graph, without the weight it was compiled with: a graph outlives its first weights."""
+    """A packed linear of a graph, without the weight it was compiled with: a graph outlives its first weights.
+
+    whole: a number that those share whose packs lie in one; strides: how its own lies, which the graph relies on.
+    """
 
     scheme: Scheme
     shape: tuple[int, int]
     layout: str
     layer: Layer
     read_elsewhere: bool
+    whole: int | None
+    strides: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, site: Site) -> _Linear:
         assert site.scheme is not None and site.packed is not None
-        return cls(site.scheme, site.packed.shape, site.packed.layout, site.layer, site.read_elsewhere)
+        whole = None if site.whole is None else id(site.whole)
+        return cls(
+            site.scheme, site.packed.shape, site.packed.layout, site.layer, site.read_elsewhere, whole, strides(site.packed)
+        )
+
+
+def strides(packed: Packed) -> tuple[tuple[int, ...], ...]:
+    """How its tensors lie in memory, as far as there is more than one element to go."""
+    return tuple(tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1) for t in packed.tensors)
 
 
 class _Group:
@@ -102,9 +115,14 @@ class _Group:
         self.entries: list[Entry] = []
         context, root = dynamo.calling()
         names, layers, coming = Names(root), [], iter(weights)
+        linears = [linear for unit in like for linear in unit]
+        for weight, linear in zip(weights, linears, strict=True):
+            if tuple(weight.shape) != linear.shape:
+                raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
+        self._join(linears, weights)
         for unit in like:
             self.packs += self._pack(unit, [next(coming) for _ in unit]).tensors
-        for weight, linear in zip(weights, [linear for unit in like for linear in unit], strict=True):
+        for weight, linear in zip(weights, linears, strict=True):
             entry, _, sqnr = STORE.pack(weight, linear.scheme, linear.layout)
             self.entries.append(entry)
             name = names.known(weight) or linear.layer.name
@@ -119,13 +137,23 @@ class _Group:
             journal.graphs.append(Report(tuple(layers)))
             journal.entries += self.entries
 
-    @staticmethod
-    def _pack(unit: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> Packed:
-        for weight, linear in zip(weights, unit, strict=True):
-            if tuple(weight.shape) != linear.shape:
-                raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
+    def _join(self, linears: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> None:
+        """Packs side by side what lay so in the block that the graph was compiled for."""
+        together: dict[int, list[tuple[_Linear, torch.Tensor]]] = {}
+        for linear, weight in zip(linears, weights, strict=True):
+            if linear.whole is not None:
+                together.setdefault(linear.whole, []).append((linear, weight))
+        self.parts: dict[int, Packed] = {}
+        for group in together.values():
+            linear, members = group[0][0], [weight for _, weight in group]
+            found = STORE.parts(members, linear.scheme, linear.layout)
+            self.parts |= {id(weight): part for weight, part in zip(members, found, strict=True)}
+
+    def _pack(self, unit: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> Packed:
         if len(unit) == 1:
-            return STORE.pack(weights[0], unit[0].scheme, unit[0].layout)[1]
+            linear, of = unit[0], (weights[0], unit[0].scheme, unit[0].layout)
+            packed = self.parts.get(id(weights[0])) or STORE.pack(*of)[1]
+            return packed if strides(packed) == linear.strides else STORE.pack(*of, second=APART)[1]
         whole = STORE.pack_together(weights, unit[0].scheme, unit[0].layout, always=True)
         assert whole is not None
         return whole

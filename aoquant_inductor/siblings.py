@@ -44,6 +44,8 @@ def pack(group: Sequence[Site]) -> None:
     assert scheme is not None
     with contextlib.suppress(NonFinite, torch.OutOfMemoryError):
         whole = STORE.pack_together([site.value for site in group], scheme, layout)
+        for site in group:
+            site.whole = whole
         if whole is not None and one_launch(group):
             names = tuple(site.layer.name for site in group)
             for site in group:

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from aoquant_inductor import native, ops, packing, qparams
+from aoquant_inductor import native, ops, packing
 from aoquant_inductor._inductor import memory_is_shared, plain_tensors
 from aoquant_inductor.errors import ReleasedWeights
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import Scheme
 
 PackKey = tuple[Scheme, str, str]
-"""Scheme, layout, and TOGETHER for a second pack, which lies in one allocation with those of other weights."""
-TOGETHER = "together"
+"""Scheme, layout, and what a second pack is for: one that lies TOGETHER with those of other weights, or APART from them."""
+TOGETHER, APART = "together", "apart"
 UNTRACKED = -1  # an inference tensor counts no versions
 
 
@@ -36,13 +36,6 @@ def _stamp(weight: torch.Tensor) -> tuple[int, int]:
     except RuntimeError:  # it was let go
         pointer = 0
     return UNTRACKED if weight.is_inference() else weight._version, pointer
-
-
-def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
-    """weight[N, K] -> its pack and the SQNR in dB of the quantized values. Raises qparams.NonFinite."""
-    with plain_tensors():
-        quantized = qparams.quantize(weight.detach(), scheme.weight, scheme.qparams)
-        return packing.pack(quantized, scheme, layout), quantized.sqnr_db()
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = _stamp(weight)
-        fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
+        fresh = {key: packing.pack_weight(weight, *key[:2]) for key in self.packs}
         with plain_tensors():
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)
@@ -165,8 +158,11 @@ class Store:
             found = self._entries[id(weight)] = self.find(weight) or Entry(weight)
             return found
 
-    def pack(self, weight: torch.Tensor, scheme: Scheme, layout: str, loose: bool = False) -> tuple[Entry, Packed, float]:
+    def pack(
+        self, weight: torch.Tensor, scheme: Scheme, layout: str, loose: bool = False, second: str = ""
+    ) -> tuple[Entry, Packed, float]:
         """The shared pack of a weight, made now if there is none, brought up to date if it is stale. loose: for no graph yet.
+        second: APART for one that is no part of another, where the shared one is.
 
         Raises qparams.NonFinite and torch.OutOfMemoryError, and keeps nothing of the attempt; ReleasedWeights where the
         original is gone and another pack than its own is wanted.
@@ -175,12 +171,12 @@ class Store:
             entry = self.entry(weight)
             if entry.packs and entry.stale():
                 entry.repack()
-            key = (scheme, layout, "")
+            key = (scheme, layout, second)
             if key not in entry.packs:
                 if entry.release is not None and entry.released:
                     raise ReleasedWeights(entry.release.name)
                 stamp = _stamp(weight)
-                entry.packs[key] = pack_weight(weight, scheme, layout)
+                entry.packs[key] = packing.pack_weight(weight, scheme, layout)
                 entry.version, entry.pointer = stamp
                 entry.loose.add(key)
                 self.turn()
@@ -207,12 +203,20 @@ class Store:
                     return None
             raise ValueError("weights that lie together in one graph lie together with others in another.")
 
+    def parts(self, weights: Sequence[torch.Tensor], scheme: Scheme, layout: str) -> list[Packed]:
+        """What one Packed over these weights, made if there is none, has for each of them."""
+        with self._lock:
+            whole = self.pack_together(weights, scheme, layout, always=True)
+            entries = [self.entry(weight) for weight in weights]
+            key = next(key for key in entries[0].wholes if _whole(entries, key) is whole)
+            return [entry.packs[key][0] for entry in entries]
+
     def _pack_together(self, entries: Sequence[Entry], weights: Sequence[torch.Tensor], key: PackKey) -> Packed | None:
         if gone := next((e.release for e in entries if key not in e.packs and e.release is not None and e.released), None):
             raise ReleasedWeights(gone.name)
         self.update([entry for entry in entries if entry.packs])
         stamps = [_stamp(weight) for weight in weights]
-        apart = [e.packs.get(key) or pack_weight(weight, *key[:2]) for e, weight in zip(entries, weights, strict=True)]
+        apart = [e.packs.get(key) or packing.pack_weight(weight, *key[:2]) for e, weight in zip(entries, weights, strict=True)]
         with plain_tensors():
             joined = packing.join([packed for packed, _ in apart])
         if joined is None:

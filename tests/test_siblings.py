@@ -10,7 +10,7 @@ from torch import nn
 from util import BF16, Graph, assert_counts, compiled, from_pack, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import lowering, packing_cpu
+from aoquant_inductor import lowering, packing, packing_cpu, siblings
 from aoquant_inductor.scheme import LARGE_M, resolve
 from aoquant_inductor.weights import STORE
 
@@ -183,3 +183,44 @@ def test_one_int8_weight_for_three_where_there_are_many_rows(
     report = aoquant_inductor.report(function)
     assert_counts(report, 4)
     assert {layer.name: layer.siblings for layer in report.layers}["q"] == ("k", "v")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["cpu layouts", "plain"])
+@pytest.mark.parametrize("scheme", ["int8wo", "int8wo-32", "int4wo-32-asym"])
+def test_many_blocks_of_many_rows(scheme: str, plain: bool, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of their own read parts of a common pack, whose scales lie apart; the packs of every further block lie as those of
+    the block that the graph was compiled for.
+    """
+    if plain:
+        monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    x = tokens(siblings.MOST_ROWS + 1, 96)
+    models = [Heads().eval() for _ in range(4)]
+    with torch.no_grad():
+        for model in models:
+            function = compiled(model, scheme, dynamic=False)
+            assert model.misses(x, function(x), scheme) == []
+            model.q.weight.mul_(-1)
+            assert model.misses(x, function(x), scheme) == []
+    assert len(graphs) == 2, "one of constants, one for all others"
+
+
+def test_packs_that_lie_apart_already_serve_a_graph_of_common_ones() -> None:
+    x = tokens(siblings.MOST_ROWS + 1, 96)
+    models = [Heads().eval() for _ in range(3)]
+    for one in (models[2].q, models[2].k, models[2].v):
+        STORE.pack(one.weight, resolve("int4wo-32"), packing.choose(resolve("int4wo-32"), x.device, BF16, one.weight.shape))
+    for model in models:
+        _, got, _ = run(model, x, schemes="int4wo-32")
+        assert model.misses(x, got, "int4wo-32") == []
+
+
+def test_common_packs_serve_a_graph_of_those_that_lie_apart() -> None:
+    x, scheme = tokens(siblings.MOST_ROWS + 1, 96), resolve("int4wo-32")
+    models = [Heads().eval() for _ in range(3)]
+    for model in models[:2]:
+        for one in (model.q, model.k, model.v):
+            STORE.pack(one.weight, scheme, packing.choose(scheme, x.device, BF16, one.weight.shape))
+    run(models[2], tokens(2, 96), schemes="int4wo-32")
+    for model in models:
+        _, got, _ = run(model, x, schemes="int4wo-32")
+        assert model.misses(x, got, "int4wo-32") == []

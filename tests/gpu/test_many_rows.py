@@ -92,7 +92,7 @@ def test_static_m(m: int) -> None:
     ("name", "dtype"), [("int8wo", BF16), ("int8wo", FP16), ("int8wo-64", BF16), ("int4wo-128-asym", BF16), ("int4wo-32", BF16)]
 )
 def test_a_weight_with_few_tiles_is_copied_for_cublas(name: str, dtype: torch.dtype) -> None:
-    linear = nn.Linear(4160, 1040, device="cuda", dtype=dtype).eval()
+    linear = nn.Linear(4160, 1040, bias=False, device="cuda", dtype=dtype).eval()
     x = torch.randn(1000, 4160, device="cuda", dtype=dtype)
     function = compiled(linear, name)
     with torch.no_grad():
