@@ -205,13 +205,13 @@ def test_the_readme_holds_the_tables_of_the_result_files() -> None:
 
 
 def test_a_table_takes_the_newest_row_and_leaves_wrong_kernels_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import readme
+    from benchmarks import tables
 
     head = "scheme,n,k,m,kernel,config,us,ratio,note,card,threads,torch,commit\n"
     rows = ["s,8,16,1,a,x,9.0,1.1,,c,1,t,1", "s,8,16,1,a,x,4.0,2.5,,c,1,t,2", "s,8,16,1,a,y,1.0,9.9,WRONG 3,c,1,t,2"]
     (tmp_path / "card.tune.csv").write_text(head + "\n".join(rows) + "\n")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    table = readme.tune("card", "8x16")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.tune("card", "8x16")
     assert "| s, 8x16 | 4.0 us, 2.50x |" in table
     assert "9.9" not in table
 

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not in the wheel
 
-from benchmarks import plots, readme, rows
+from benchmarks import plots, rows, tables
 from benchmarks.measure import RESULTS
 from benchmarks.plots import PLOTS, Bar, Line
 
@@ -130,28 +130,29 @@ def test_one_command_draws_says_what_it_cannot_and_keeps_up(results: Path, capsy
 
 
 def test_tables_of_models_and_of_what_loses(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "RESULTS", results)
-    monkeypatch.setattr(readme, "FIRST", ("toy",))
-    assert "| toy | int8wo | 1.50x | 500.0 call/s | 2.000 ms | - | 1.50 GB | 40.00 dB | - |" in readme.models()
-    assert "| toy | torchao int8wo | **0.75x** |" in readme.models()
-    assert "| toy, card | int8wo | 1.50x | 1.50 GB, 1.50x | SQNR 40.00 dB |" in readme.first()
-    assert "torchao" not in readme.first()
-    lost = readme.losing("card", "no such card")
+    monkeypatch.setattr(tables, "RESULTS", results)
+    monkeypatch.setattr(tables, "FIRST", ("toy",))
+    assert "| toy | int8wo | 1.50x | 500.0 call/s | 2.000 ms | - | 1.50 GB | 40.00 dB | - |" in tables.models()
+    assert "| toy | torchao int8wo | **0.75x** |" in tables.models()
+    assert "| toy, card | int8wo | 1.50x | 1.50 GB, 1.50x | SQNR 40.00 dB |" in tables.first()
+    assert "torchao" not in tables.first()
+    lost = tables.losing("card", "no such card")
+    assert "0.80x" in tables.losing("card.linear") and "None." in tables.losing("card.model")
     assert "| 8x16, M = 64, card.linear | int8wo | **0.80x** |" in lost
     assert "torchao" not in lost
     assert lost.count("**") == 2
-    assert readme.plots("*.model", "*.ladder").count("![") == 2
+    assert tables.plots("*.model", "*.ladder").count("![") == 2
     (results / "card.model.csv").unlink()
-    assert "bench_model" in readme.models()
-    assert "card.model" not in readme.plots("*")
+    assert "bench_model" in tables.models()
+    assert "card.model" not in tables.plots("*")
 
 
 def test_a_profile_counts_the_last_run_alone(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "RESULTS", results)
-    assert "bench_profile" in readme.profiles()
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert "bench_profile" in tables.profiles()
     run = [("a", "aoquant", 2, 9.0, 0.9, "1"), ("b", "matmul", 1, 1.0, 0.1, "1"), ("c", "inductor", 3, 2.0, 0.25, "2"),
            ("a", "aoquant", 4, 6.0, 0.75, "2")]
     names = ("kernel", "by", "count", "us", "share", "date")
     write(results, "profile", [{"case": "toy", "scheme": "int8wo", **dict(zip(names, row, strict=True))} for row in run])
-    assert "| toy, card | int8wo | 8 us | 4, 75.0% | 3, 25.0% |" in readme.profiles()
-    assert "matmul" not in readme.profiles()
+    assert "| toy, card | int8wo | 8 us | 4, 75.0% | 3, 25.0% |" in tables.profiles()
+    assert "matmul" not in tables.profiles()

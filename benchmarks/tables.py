@@ -1,0 +1,228 @@
+"""The tables of the README, each a function of the result files of a card. Of rows measured twice the newest counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from benchmarks import plots as made
+from benchmarks.bench_profile import MAKERS
+from benchmarks.measure import RESULTS
+from benchmarks.rows import Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(rows: Sequence[Row], path: Path) -> str:
+    return f"\n\n<sub>[{path.name}](benchmarks/results/{path.name}): {origin(rows)}</sub>"
+
+
+def demo(card: str) -> str:
+    path = RESULTS / f"{card}.demo.csv"
+    rows = newest(path, "scheme")
+    table = [
+        [
+            row["scheme"], f"{float(row['decode']):.1f} ({float(row['decode_x']):.2f}x)",
+            f"{float(row['prefill']):.0f} ({float(row['prefill_x']):.2f}x)", f"{int(row['linear_bytes']) / 1e6:.0f} MB",
+            f"{float(row['ppl']):.3f} ({float(row['ppl_ratio']):.4f})", row["kl"] or "-", row["top1"] or "-", row["layers"],
+        ]
+        for row in rows
+    ]
+    head = ["SmolLM2-135M", "decode tok/s", "prefill tok/s", "linear weights", "perplexity (ratio)", "KL", "top-1", "layers"]
+    return markdown(head, table) + source(rows, path)
+
+
+def accuracy(card: str) -> str:
+    path = RESULTS / f"{card}.accuracy.csv"
+    rows = newest(path, "scheme")
+    table = [
+        [row["scheme"], f"{float(row['ppl']):.3f} ({float(row['ppl_ratio']):.4f})", row["kl"], row["top1"], row["layers"]]
+        for row in rows
+    ]
+    head = ["SmolLM2-135M, inputs of 2048 tokens", "perplexity (ratio)", "KL", "top-1", "layers"]
+    return markdown(head, table) + source(rows, path)
+
+
+def host(card: str, *schemes: str) -> str:
+    path = RESULTS / f"{card}.host.csv"
+    rows = newest(path, "shape", "scheme", "mode")
+    found = {(row["shape"], row["mode"], row["scheme"]): row for row in rows}
+    table = [
+        [shape, mode, f"{float(found[shape, mode, 'bf16']['value']):.0f} us",
+         *(f"{float(row['value']):.0f} us ({1 / float(row['ratio']):.2f}x)" if (row := found.get((shape, mode, s))) else "-"
+           for s in schemes)]
+        for shape, mode in dict.fromkeys((row["shape"], row["mode"]) for row in rows if row["mode"])
+    ]
+    check = next(row for row in rows if row["what"] == "stale_check")
+    note = f"\n\nOf it, the check for changed weights: {float(check['value']):.1f} us per {check['shape']}."
+    return markdown(["model", "mode", "bf16", *schemes], table) + note + source(rows, path)
+
+
+def linear(card: str, *names: str) -> str:
+    """Speed against bf16, one row per shape and scheme, one column per M; below 1 in bold."""
+    path = RESULTS / f"{card}.linear.csv"
+    rows = linears(path)
+    ms = sorted({int(row["m"]) for row in rows})
+    found = {(row["shape"], row["scheme"], int(row["m"])): row for row in rows}
+    table = []
+    for shape, scheme in dict.fromkeys((row["shape"], row["scheme"]) for row in rows):
+        if scheme not in ("bf16", *names):
+            continue
+        cells = [found.get((shape, scheme, m)) for m in ms]
+        if scheme == "bf16":
+            table.append([f"**{shape}**, bf16, us", *("-" if c is None else f"{float(c['value']):.1f}" for c in cells)])
+            continue
+        ratios = [None if c is None else float(c["ratio"]) for c in cells]
+        table.append([scheme, *("-" if r is None else _ratio(r) for r in ratios)])
+    return markdown(["N x K, scheme \\ M", *map(str, ms)], table) + source(rows, path)
+
+
+def tune(card: str, *shapes: str) -> str:
+    """The best config that was right: microseconds and speed against bf16; below 1 in bold."""
+    path = RESULTS / f"{card}.tune.csv"
+    best = best_configs(path)
+    ms = [m for m in sorted({m for _, _, m in best}) if m in (1, 16, 64, 256, 1024, 4096)]
+    table = []
+    for shape in shapes:
+        for scheme in dict.fromkeys(scheme for scheme, of, _ in best if of == shape):
+            cells = [best.get((scheme, shape, m)) for m in ms]
+            text = ["-" if c is None else f"{float(c['us']):.1f} us, {_ratio(float(c['ratio']))}" for c in cells]
+            table.append([f"{scheme}, {shape}", *text])
+    return markdown(["M =", *map(str, ms)], sorted(table)) + source(list(best.values()), path)
+
+
+def _ratio(r: float) -> str:
+    return f"{r:.2f}x" if r >= 1 else f"**{r:.2f}x**"
+
+
+def memory(card: str) -> str:
+    path = RESULTS / f"{card}.memory.csv"
+    rows = newest(path, "shape", "scheme", "mode", "what")
+    found = {(row["shape"], row["scheme"], row["mode"], row["what"]): float(row["value"]) for row in rows}
+    table = []
+    for shape, scheme, mode in dict.fromkeys((row["shape"], row["scheme"], row["mode"]) for row in rows):
+        get = lambda what: found[shape, scheme, mode, what]  # noqa: E731, B023
+        who = "aoquant" if mode == "pack" else mode
+        table.append([
+            f"{shape}, {scheme}, {who}", f"{get('resident') / 1e3:.1f} GB", f"{get('linears_left'):.3f}",
+            f"{get('peak') / 1e3:.1f} GB", f"{get('peak_over_model') / 1e3:.2f} GB", f"{get('seconds'):.1f} s",
+        ])
+    head = ["", "resident", "linears, of bf16's bytes", "peak while packing", "of it beyond the bf16 model", "time to pack"]
+    return markdown(head, table) + source(rows, path)
+
+
+def _gigabytes(row: Row) -> str:
+    return f"{float(row['resident_mb']) / 1e3:.2f} GB" if row["resident_mb"] else "-"
+
+
+def model(card: str) -> str:
+    """Every case and scheme of a card: speed against compiled bf16, rate, host time, memory, error."""
+    path = RESULTS / f"{card}.model.csv"
+    rows = of_models(path)
+    table = [
+        [
+            row["case"], row["scheme"], _ratio(speed), f"{float(row['rate']):,.1f} {row['unit']}", f"{float(row['ms']):.3f} ms",
+            f"{float(row['host_ms']):.3f} ms" if row["host_ms"] else "-", _gigabytes(row),
+            f"{row['error_db']} dB" if row["error_db"] else "-", row["quantized"] or "-",
+        ]
+        for case in dict.fromkeys(row["case"] for row in rows) for row, speed in speeds(rows, case)
+    ]
+    head = ["case", "scheme", "speed", "rate", "step", "host", "resident", "SQNR to bf16", "linears"]
+    return markdown(head, table) + source(rows, path)
+
+
+def models() -> str:
+    """A table of every card that ran whole models."""
+    cards = [path.name.partition(".")[0] for path in sorted(RESULTS.glob("*.model.csv"))]
+    if not cards:
+        return "No rows yet: `python -m benchmarks.bench_model` writes `benchmarks/results/<card>.model.csv`."
+    return "\n\n".join(model(card) for card in cards)
+
+
+def profiles() -> str:
+    """Per card, case and scheme: launches and share of a step's kernels by who made them."""
+    table, sources = [], []
+    files = {path: of_profiles(path) for path in sorted(RESULTS.glob("*.profile.csv"))}
+    seen = {row["by"] for runs in files.values() for run in runs.values() for row in run}
+    if not seen:
+        return "No rows yet: `python -m benchmarks.bench_profile` writes `benchmarks/results/<card>.profile.csv`."
+    makers = [maker for maker in (*MAKERS, "other") if maker in seen]
+    for path, runs in files.items():
+        for (case, scheme), run in runs.items():
+            cells = []
+            for maker in makers:
+                own = [row for row in run if row["by"] == maker]
+                share = sum(float(row["share"]) for row in own)
+                cells.append(f"{sum(float(row['count']) for row in own):g}, {share:.1%}" if own else "-")
+            whole = f"{sum(float(row['us']) for row in run):,.0f} us"
+            table.append([f"{case}, {path.name.partition('.')[0]}", scheme, whole, *cells])
+        sources.append(source([row for run in runs.values() for row in run], path))
+    return markdown(["launches and share of", "scheme", "in all", *makers], table) + "".join(sources)
+
+
+FIRST = ("qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-prefill-512", "sam-encoder", "voxtral", "dit")
+
+
+def first() -> str:
+    """The first screen: whole models against compiled bf16, speed, memory and accuracy, whoever wins."""
+    table, sources = [], []
+    for path in sorted(RESULTS.glob("*.model.csv")):
+        rows = of_models(path)
+        for row, speed in (pair for case in FIRST for pair in speeds(rows, case)):
+            if row["scheme"] != "bf16" and not row["scheme"].startswith("torchao "):
+                base = next(one for one in rows if (one["case"], one["scheme"]) == (row["case"], "bf16"))
+                of = float(row["resident_mb"]) / float(base["resident_mb"]) if row["resident_mb"] else 0
+                table.append([
+                    f"{row['case']}, {path.name.partition('.')[0]}", row["scheme"], _ratio(speed),
+                    f"{_gigabytes(row)}, {of:.2f}x" if of else "-", f"SQNR {row['error_db']} dB",
+                ])
+        sources.append(source([row for row in rows if row["case"] in FIRST], path))
+    for path in sorted(RESULTS.glob("*.demo.csv")):
+        rows = newest(path, "scheme")
+        size = {row["scheme"]: int(row["linear_bytes"]) for row in rows}
+        for row in rows:
+            if row["scheme"] != "bf16":
+                table.append([
+                    f"{row['model']} decode / prefill, {path.name.partition('.')[0]}", row["scheme"],
+                    f"{_ratio(float(row['decode_x']))} / {_ratio(float(row['prefill_x']))}",
+                    f"{size[row['scheme']] / size['bf16']:.2f}x of bf16's linears",
+                    f"perplexity {float(row['ppl_ratio']):.4f}x, KL {row['kl']}",
+                ])
+        sources.append(source(rows, path))
+    return markdown(["model, card", "scheme", "speed-up", "memory", "accuracy"], table) + "".join(sources)
+
+
+LOSING = ("linear", "model", "host")
+
+
+def losing(*cards: str) -> str:
+    """Every row of ours below 1.00x of bf16: linears, models and host time of these cards, or of <card>.<one of them> alone."""
+    table, seen = [], []
+    for card in cards:
+        for path in (RESULTS / f"{name}.csv" for name in ([card] if "." in card else [f"{card}.{b}" for b in LOSING])):
+            if not path.exists():
+                continue
+            seen.append(f"[{path.name}](benchmarks/results/{path.name})")
+            for what, scheme, ratio in speeds_in(path):
+                if ratio < 1 and not scheme.startswith(("torchao ", "bf16")):
+                    table.append([f"{what}, {path.name.removesuffix('.csv')}", scheme, _ratio(ratio)])
+    rows = markdown(["below bf16", "scheme", "speed"], table) if table else "None."
+    return f"{rows}\n\n<sub>of {', '.join(seen)}</sub>"
+
+
+def plots(*patterns: str) -> str:
+    """The plots with such names that there are rows for; `python -m benchmarks.plots` makes them."""
+    wanted = [plot for plot in made.plots(RESULTS) if any(fnmatchcase(plot.name, pattern) for pattern in patterns)]
+    return "\n\n".join(f"![{plot.title}](benchmarks/plots/{plot.name}.svg)" for plot in wanted)
+
+
+TABLES: Mapping[str, Callable[..., str]] = {
+    "demo": demo, "accuracy": accuracy, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model,
+    "models": models,
+    "first": first, "plots": plots, "losing": losing,
+    "profiles": profiles,
+}
