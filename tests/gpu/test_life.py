@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from test_grad import LoRA, train, with_dequantized_base
 from test_instances import Seven
+from test_siblings import Heads
 from test_updates import MODES, UPDATES
 from torch import nn
-from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, sqnr_db, tokens
+from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, from_pack, linear64, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor import ReleasedWeights, packing
@@ -77,6 +78,21 @@ def test_blocks_that_share_a_graph_under_cuda_graphs(graphs: list[Graph]) -> Non
                 torch.compiler.cudagraph_mark_step_begin()
                 assert sqnr_db(one(x).clone(), Seven.forward(one, x)) > 30
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("mode", GPU_MODES)
+@pytest.mark.parametrize("scheme", ["int8wo-64", "int4wo-128", "int4wo-32-asym", "int8dq-int4w-128"])
+def test_further_blocks_of_many_rows_serve_the_graph_of_the_second(scheme: str, mode: str | None, graphs: list[Graph]) -> None:
+    """q, k and v lie in one pack and have launches of their own, so that the scales of their groups lie apart."""
+    x, s = tokens(300, 256).cuda(), resolve(scheme)
+    with torch.no_grad():
+        for _ in range(4):
+            model, function = on_gpu(Heads((256, 128, 128), 256).eval(), scheme, mode, dynamic=False)
+            got = [y.clone() for y in function(x)]
+            for y, one in zip(got, (model.q, model.k, model.v), strict=False):
+                assert sqnr_db(y, linear64(x, one, s, from_pack(one.weight, s))) > 44
+            assert_counts(aoquant_inductor.report(function), 4)
+    assert len(graphs) == 2, "one of constants, one for all others"
 
 
 @pytest.mark.parametrize(("scheme", "ratio"), [("int8wo", 0.55), ("int4wo-128", 0.32)])
