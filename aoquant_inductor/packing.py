@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from aoquant_inductor import packing_cpu, qparams
-from aoquant_inductor._inductor import plain_tensors
 from aoquant_inductor.card import Card
 from aoquant_inductor.layouts import LAYOUTS, Packed
 from aoquant_inductor.qparams import Quantized
@@ -42,13 +41,6 @@ def pack(quantized: Quantized, scheme: Scheme, layout: str) -> Packed:
         return packed
     rows, n = LAYOUTS[LAYOUTS[layout].int8_layout].rows, quantized.w_q.shape[0]
     return replace(packed, row=torch.nn.functional.pad(qparams.row_scale(quantized), (0, -n % rows), value=1))
-
-
-def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
-    """weight[N, K] -> its pack and the SQNR in dB of the quantized values. Raises qparams.NonFinite."""
-    with plain_tensors():
-        quantized = qparams.quantize(weight.detach(), scheme.weight, scheme.qparams)
-        return pack(quantized, scheme, layout), quantized.sqnr_db()
 
 
 def pack_rows(w_q: torch.Tensor, layout: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aoquant_inductor import native, ops, packing
+from aoquant_inductor import native, ops, packing, qparams
 from aoquant_inductor._inductor import memory_is_shared, plain_tensors
 from aoquant_inductor.errors import ReleasedWeights
 from aoquant_inductor.layouts import Packed
@@ -36,6 +36,13 @@ def _stamp(weight: torch.Tensor) -> tuple[int, int]:
     except RuntimeError:  # it was let go
         pointer = 0
     return UNTRACKED if weight.is_inference() else weight._version, pointer
+
+
+def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
+    """weight[N, K] -> its pack and the SQNR in dB of the quantized values. Raises qparams.NonFinite."""
+    with plain_tensors():
+        quantized = qparams.quantize(weight.detach(), scheme.weight, scheme.qparams)
+        return packing.pack(quantized, scheme, layout), quantized.sqnr_db()
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = _stamp(weight)
-        fresh = {key: packing.pack_weight(weight, *key[:2]) for key in self.packs}
+        fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
         with plain_tensors():
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)
@@ -176,7 +183,7 @@ class Store:
                 if entry.release is not None and entry.released:
                     raise ReleasedWeights(entry.release.name)
                 stamp = _stamp(weight)
-                entry.packs[key] = packing.pack_weight(weight, scheme, layout)
+                entry.packs[key] = pack_weight(weight, scheme, layout)
                 entry.version, entry.pointer = stamp
                 entry.loose.add(key)
                 self.turn()
@@ -216,7 +223,7 @@ class Store:
             raise ReleasedWeights(gone.name)
         self.update([entry for entry in entries if entry.packs])
         stamps = [_stamp(weight) for weight in weights]
-        apart = [e.packs.get(key) or packing.pack_weight(weight, *key[:2]) for e, weight in zip(entries, weights, strict=True)]
+        apart = [e.packs.get(key) or pack_weight(weight, *key[:2]) for e, weight in zip(entries, weights, strict=True)]
         with plain_tensors():
             joined = packing.join([packed for packed, _ in apart])
         if joined is None:
