@@ -99,10 +99,12 @@ def select(
     name: str, inputs: Sequence[IR], size: Sequence[Expr], dtype: torch.dtype, device: torch.device,
     choices: Sequence[TritonChoice], references: Sequence[Reference] = (),
 ) -> tuple[str, IR]:
-    """(label, y of `size`) by the fastest choice, measured when there is more than one. Every choice gets all the inputs."""
+    """(label, y of `size`) by the fastest choice, measured when there is more than one. Every choice gets all the inputs, as
+    they lie in memory: a kernel asks for what it does not know of their strides.
+    """
     (ir,) = private("torch._inductor", "ir")
     (algorithm,) = private("torch._inductor.select_algorithm", "autotune_select_algorithm")
-    nodes = [ir.ExternKernel.realize_input(realize(node)) for node in inputs]
+    nodes = [ir.ExternKernel.realize_input(node) for node in inputs]
     layout = ir.FixedLayout(device, dtype, list(size))
     callers: list[Any] = []
     errors: list[Any] = []

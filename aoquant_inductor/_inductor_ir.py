@@ -70,6 +70,11 @@ def realize(x: IR) -> IR:
     return ir.ExternKernel.require_contiguous(x)
 
 
+def strides(x: IR) -> tuple[Expr, ...]:
+    """Of a node that lies in memory."""
+    return tuple(x.get_stride())
+
+
 def realized_dense(x: IR) -> bool:
     """Realizes x; whether that is a dense row-major buffer or a part of one, so that `realize` copies nothing."""
     (contiguous,) = private("torch._inductor.ir", "is_contiguous_storage_and_layout")

@@ -85,7 +85,8 @@ def _select(
     p: Problem, candidates: list[tuple[Kernel, Config]], references: list[inductor.Reference] | None = None
 ) -> tuple[str, Any]:
     choices = [kernel.choice(p, config) for kernel, config in candidates]
-    inputs = list(p.inputs.values())
+    # the scales and zeros of linears that lie side by side have their rows apart
+    inputs = [node if name in ("WS", "WZ") else ir.realize(node) for name, node in p.inputs.items()]
     counted = any(choice.scratch for choice in choices)
     if counted:
         inputs.append(inductor.counters(p.device))

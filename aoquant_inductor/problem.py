@@ -48,6 +48,7 @@ class Problem:
                 node.realize()
         leading = tuple(x.get_size()[:-1])
         m = ir.product(leading)
+        scale, zero = _alike(scale, zero)
         rows = lambda t: None if t is None else ir.view(t, [m, 1])  # noqa: E731
         return cls(
             ir.view(x, [m, x.get_size()[-1]]), rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
@@ -57,6 +58,7 @@ class Problem:
     @classmethod
     def of_weight(cls, w: Any, scale: Any, zero: Any, key: Sequence[Any], out_dtype: torch.dtype) -> Problem:
         """The weight[N, K] alone: it is what has M rows."""
+        scale, zero = _alike(scale, zero)
         return cls(
             None, None, None, w, scale, zero, None, None, tuple(key), out_dtype, (), key[1], w.get_device()  # type: ignore[arg-type]
         )
@@ -116,3 +118,10 @@ class Problem:
         else:
             y = op.linear_wo(t["X"], *weight, t.get("BIAS"), *self.key)
         return cast(torch.Tensor, y)
+
+
+def _alike(scale: Any, zero: Any) -> tuple[Any, Any]:
+    """Both in the same strides, which a kernel asks of one of them: as they are, where both are parts of the same."""
+    if zero is None or ir.strides(scale) == ir.strides(zero):
+        return scale, zero
+    return ir.realize(scale), ir.realize(zero)

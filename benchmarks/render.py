@@ -73,7 +73,7 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
     """The op over `tensors`, alone in a graph on the current GPU; `config`: the kernel and config to take, not the default."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors.values()]
+        inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors.values()]
     with _forced(*config) if config else contextlib.nullcontext():
         code, names = lower(lambda *args: op(dict(zip(tensors, args, strict=True))), inputs, fake)
     return Rendered(op, tensors, code, names)

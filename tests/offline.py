@@ -114,6 +114,21 @@ def render(
         return render_module.render(call, tensors, config)
 
 
+def render_part(scheme: str, m: int, sizes: tuple[int, ...], k: int, dtype: torch.dtype) -> Rendered:
+    """The last of linears that lie side by side, with a launch of its own."""
+    choice = SCHEMES[scheme]
+    with pretended_gpu():
+        layout = packing.choose(choice, torch.device("cuda", 0), dtype, (sizes[-1], k))
+    packs = [packing.pack(qparams.quantize(torch.randn(n, k).to(dtype), choice.weight), choice, layout) for n in sizes]
+    joined = packing.join(packs)
+    assert joined is not None
+    part = joined[1][-1]
+    assert part.scale.stride(0) == sum(sizes)
+    call, tensors = render_module.linear(part, torch.randn(m, k).to(dtype), None, choice, False)
+    with pretended_gpu():
+        return render_module.render(call, tensors)
+
+
 def assemble(code: str, folder: Any, arch: int = 90) -> Any:
     """The compiled kernel for sm_<arch>: .asm["ptx"], .asm["cubin"], .metadata."""
     import triton

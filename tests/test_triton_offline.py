@@ -136,6 +136,11 @@ DENSE = (  # all of a weight in bf16
     ("int8wo", 320), ("int8wo-64", 320), ("int8wo-128", 512),
 )
 CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]
+PARTS = [
+    ("int4wo-128", "bfloat16", 3, 400), ("int4wo-128-asym", "bfloat16", 20, 400), ("int4wo-32-asym", "bfloat16", 40, 300),
+    ("int4wo-64-asymfloat", "bfloat16", 5, 400), ("int8dq-int4w-128-asym", "bfloat16", 20, 400), ("int8wo-64", "bfloat16", 20, 512),
+    ("int8wo-128", "float16", 1, 512), ("int4wo-32-asym", "float16", 5, 96),
+]
 ROWS = tuple(f"int4wo-{size}-large8" for size in ("128", "32-asym", "row", "row-asym", "64-asymfloat", "256-asym", "256-asymfloat"))
 RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
@@ -155,6 +160,17 @@ for scheme, dtype, m, n, k, config in {cases!r}:
     # a few bf16 results may round the other way; int4 sums are the reference's but where the scale of a small group is multiplied into a bf16 weight
     limit = 10**-5.5 if dtype != "bfloat16" else 10**-5 if {{"32", "64"}} & set(scheme.split("-")) else 10**-7
     assert noise <= signal * limit, (scheme, dtype, noise / signal)
+    print("right", scheme)
+for scheme, dtype, m, k in {parts!r}:
+    r = offline.render_part(scheme, m, (48, 32, 64), k, getattr(torch, dtype))
+    assert "triton_poi" not in r.code.replace("fused_full", ""), r.code
+    name, source, signature, _ = offline.kernel(r.code)
+    y = torch.full((m, 64), float("nan"), dtype=getattr(torch, dtype))
+    args, grid = offline.call(r, name, y)
+    offline.load(name, source, pathlib.Path({tmp!r}))[grid](*args)
+    want = r.expected.double()
+    noise = float((y.double() - want).square().sum()); signal = float(want.square().sum())
+    assert noise <= signal * 10**-5, (scheme, dtype, m, noise / signal)
     print("right", scheme)
 lowering_triton.default = lambda *args: None
 for scheme, k in {dense!r}:
@@ -179,12 +195,12 @@ for scheme in {rows!r}:
 
 def test_the_interpreter_agrees_with_the_reference(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    script = RUN.format(tests=str(here), root=str(here.parent), cases=CASES, tmp=str(tmp_path), dense=DENSE, rows=ROWS, one_more_rounding=2**-7)
+    script = RUN.format(tests=str(here), root=str(here.parent), cases=CASES, tmp=str(tmp_path), dense=DENSE, rows=ROWS, parts=PARTS, one_more_rounding=2**-7)
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("right") == len(CASES) + len(DENSE) + len(ROWS)
+    assert done.stdout.count("right") == len(CASES) + len(DENSE) + len(ROWS) + len(PARTS)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

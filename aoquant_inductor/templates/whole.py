@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import _inductor_choices as inductor
+from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates import int4
 from aoquant_inductor.templates.kernel import Config, common_keywords, template
@@ -52,6 +53,6 @@ def rows(p: Problem, row: Any) -> Any:
 def _write(p: Problem, kernel: Whole, dtype: torch.dtype, *more: Any) -> Any:
     keywords = {**common_keywords(p), **kernel.keywords(p, kernel.config), **kernel.config.keywords(), "COUNTED": False}
     keywords |= {"ROWS": p.n, "COLUMNS": p.k}
-    inputs = [node for node in (p.w, p.scale, p.zero, *more) if node is not None]
+    inputs = [node for node in (ir.realize(p.w), p.scale, p.zero, *more) if node is not None]
     choice = inductor.TritonChoice("", template(kernel.template), keywords)
     return inductor.select(f"aoquant_{kernel.template}", inputs, (p.n, p.k), dtype, p.device, [choice])[1]
