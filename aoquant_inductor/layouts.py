@@ -34,6 +34,7 @@ def rows_key(k: int, n: int, layout: str) -> WeightKey:
 
 
 Place = Callable[..., tuple[tuple[Any, ...], Any]]
+Strides = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,29 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def strides(self) -> Strides:
+        """How `tensors` lie in memory: not one after the other where this is a part of what lies side by side."""
+        return tuple(t.stride() for t in self.tensors)
+
+    def lies(self, strides: Strides) -> bool:
+        """Whether they lie so, as far as there is more than one element to go."""
+        return all(
+            have == want or size == 1
+            for t, wanted in zip(self.tensors, strides, strict=True)
+            for size, have, want in zip(t.shape, t.stride(), wanted, strict=True)
+        )
+
+    def laid(self, strides: Strides) -> Packed:
+        """A copy in these strides."""
+        coming = iter(strides)
+        w, scale, zero, sums, row = (
+            None if t is None else torch.empty_strided(t.shape, next(coming), dtype=t.dtype, device=t.device).copy_(t)
+            for t in self.parts
+        )
+        assert w is not None and scale is not None
+        return replace(self, w=w, scale=scale, zero=zero, sums=sums, row=row)
 
     def copy_(self, other: Packed) -> None:
         """Other values into the same storage: compiled graphs and CUDA graphs hold these addresses."""

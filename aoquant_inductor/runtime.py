@@ -15,7 +15,7 @@ from torch import fx
 from aoquant_inductor import _inductor, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
-from aoquant_inductor.layouts import Packed
+from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.qparams import NonFinite
@@ -23,7 +23,7 @@ from aoquant_inductor.report import KEPT, RELEASED, Layer, Report, log_of
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch
-from aoquant_inductor.weights import APART, STORE, Entry
+from aoquant_inductor.weights import STORE, Entry
 
 Compiled = Callable[..., Any]
 MAX_CONSTANT_GRAPHS = 4
@@ -90,20 +90,14 @@ class _Linear:
     layer: Layer
     read_elsewhere: bool
     whole: int | None
-    strides: tuple[tuple[int, ...], ...]
+    strides: Strides
 
     @classmethod
     def of(cls, site: Site) -> _Linear:
         assert site.scheme is not None and site.packed is not None
         whole = None if site.whole is None else id(site.whole)
-        return cls(
-            site.scheme, site.packed.shape, site.packed.layout, site.layer, site.read_elsewhere, whole, strides(site.packed)
-        )
-
-
-def strides(packed: Packed) -> tuple[tuple[int, ...], ...]:
-    """How its tensors lie in memory, as far as there is more than one element to go."""
-    return tuple(tuple(stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1) for t in packed.tensors)
+        p = site.packed
+        return cls(site.scheme, p.shape, p.layout, site.layer, site.read_elsewhere, whole, p.strides)
 
 
 class _Group:
@@ -143,17 +137,18 @@ class _Group:
         for linear, weight in zip(linears, weights, strict=True):
             if linear.whole is not None:
                 together.setdefault(linear.whole, []).append((linear, weight))
-        self.parts: dict[int, Packed] = {}
+        self.parts: dict[tuple[int, Scheme, str], Packed] = {}
         for group in together.values():
             linear, members = group[0][0], [weight for _, weight in group]
             found = STORE.parts(members, linear.scheme, linear.layout)
-            self.parts |= {id(weight): part for weight, part in zip(members, found, strict=True)}
+            for weight, part in zip(members, found, strict=True):
+                self.parts[id(weight), linear.scheme, linear.layout] = part
 
     def _pack(self, unit: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> Packed:
         if len(unit) == 1:
-            linear, of = unit[0], (weights[0], unit[0].scheme, unit[0].layout)
-            packed = self.parts.get(id(weights[0])) or STORE.pack(*of)[1]
-            return packed if strides(packed) == linear.strides else STORE.pack(*of, second=APART)[1]
+            weight, scheme, layout, strides = weights[0], unit[0].scheme, unit[0].layout, unit[0].strides
+            packed = self.parts.get((id(weight), scheme, layout)) or STORE.pack(weight, scheme, layout)[1]
+            return packed if packed.lies(strides) else STORE.pack(weight, scheme, layout, strides=strides)[1]
         whole = STORE.pack_together(weights, unit[0].scheme, unit[0].layout, always=True)
         assert whole is not None
         return whole

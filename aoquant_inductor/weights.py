@@ -21,12 +21,12 @@ import torch
 from aoquant_inductor import native, ops, packing, qparams
 from aoquant_inductor._inductor import memory_is_shared, plain_tensors
 from aoquant_inductor.errors import ReleasedWeights
-from aoquant_inductor.layouts import Packed
+from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.scheme import Scheme
 
 PackKey = tuple[Scheme, str, str]
-"""Scheme, layout, and what a second pack is for: one that lies TOGETHER with those of other weights, or APART from them."""
-TOGETHER, APART = "together", "apart"
+"""Scheme, layout, and what a second pack is for: to lie TOGETHER with those of other weights, or as a graph has it."""
+TOGETHER = "together"
 UNTRACKED = -1  # an inference tensor counts no versions
 
 
@@ -166,10 +166,10 @@ class Store:
             return found
 
     def pack(
-        self, weight: torch.Tensor, scheme: Scheme, layout: str, loose: bool = False, second: str = ""
+        self, weight: torch.Tensor, scheme: Scheme, layout: str, loose: bool = False, strides: Strides | None = None
     ) -> tuple[Entry, Packed, float]:
         """The shared pack of a weight, made now if there is none, brought up to date if it is stale. loose: for no graph yet.
-        second: APART for one that is no part of another, where the shared one is.
+        strides: a second one that lies so in memory.
 
         Raises qparams.NonFinite and torch.OutOfMemoryError, and keeps nothing of the attempt; ReleasedWeights where the
         original is gone and another pack than its own is wanted.
@@ -178,12 +178,13 @@ class Store:
             entry = self.entry(weight)
             if entry.packs and entry.stale():
                 entry.repack()
-            key = (scheme, layout, second)
+            key = (scheme, layout, "" if strides is None else str(strides))
             if key not in entry.packs:
                 if entry.release is not None and entry.released:
                     raise ReleasedWeights(entry.release.name)
                 stamp = _stamp(weight)
-                entry.packs[key] = pack_weight(weight, scheme, layout)
+                packed, sqnr = pack_weight(weight, scheme, layout)
+                entry.packs[key] = packed if strides is None else packed.laid(strides), sqnr
                 entry.version, entry.pointer = stamp
                 entry.loose.add(key)
                 self.turn()

@@ -224,3 +224,17 @@ def test_common_packs_serve_a_graph_of_those_that_lie_apart() -> None:
     for model in models:
         _, got, _ = run(model, x, schemes="int4wo-32")
         assert model.misses(x, got, "int4wo-32") == []
+
+
+def test_a_graph_that_trains_over_common_packs_serves_a_block_that_was_packed_for_nothing_else() -> None:
+    x = tokens(siblings.MOST_ROWS + 1, 96)
+    models = [Heads().eval().requires_grad_(False) for _ in range(3)]
+    for model in models[:2]:
+        run(model, x, schemes="int4wo-32")
+    for model in models:
+        function = compiled(model, "int4wo-32", dynamic=False)
+        got = tuple(y.detach() for y in function(x.clone().requires_grad_()))
+        assert model.misses(x, got, "int4wo-32") == []
+        model.k.weight.neg_()
+        got = tuple(y.detach() for y in function(x.clone().requires_grad_()))
+        assert model.misses(x, got, "int4wo-32") == []
