@@ -130,7 +130,7 @@ def _freezing(inner: Callable[..., Any], packs: Sequence[torch.Tensor]) -> Calla
 def _sources() -> bytes:
     """A hash of every file of this package."""
     folder = Path(__file__).parent
-    files = sorted(f for f in folder.rglob("*") if f.suffix in (".py", ".h", ".jinja", ".cpp"))
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
