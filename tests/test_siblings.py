@@ -199,6 +199,7 @@ def test_many_blocks_of_many_rows(scheme: str, plain: bool, graphs: list[Graph],
         for model in models:
             function = compiled(model, scheme, dynamic=False)
             assert model.misses(x, function(x), scheme) == []
+            assert_counts(aoquant_inductor.report(function), 4)
             model.q.weight.mul_(-1)
             assert model.misses(x, function(x), scheme) == []
     assert len(graphs) == 2, "one of constants, one for all others"
@@ -210,8 +211,9 @@ def test_packs_that_lie_apart_already_serve_a_graph_of_common_ones() -> None:
     for one in (models[2].q, models[2].k, models[2].v):
         STORE.pack(one.weight, resolve("int4wo-32"), packing.choose(resolve("int4wo-32"), x.device, BF16, one.weight.shape))
     for model in models:
-        _, got, _ = run(model, x, schemes="int4wo-32")
+        _, got, report = run(model, x, schemes="int4wo-32")
         assert model.misses(x, got, "int4wo-32") == []
+        assert_counts(report, 4)
 
 
 def test_common_packs_serve_a_graph_of_those_that_lie_apart() -> None:
@@ -222,8 +224,9 @@ def test_common_packs_serve_a_graph_of_those_that_lie_apart() -> None:
             STORE.pack(one.weight, scheme, packing.choose(scheme, x.device, BF16, one.weight.shape))
     run(models[2], tokens(2, 96), schemes="int4wo-32")
     for model in models:
-        _, got, _ = run(model, x, schemes="int4wo-32")
+        _, got, report = run(model, x, schemes="int4wo-32")
         assert model.misses(x, got, "int4wo-32") == []
+        assert_counts(report, 4)
 
 
 def test_a_graph_that_trains_over_common_packs_serves_a_block_that_was_packed_for_nothing_else() -> None:
@@ -235,6 +238,7 @@ def test_a_graph_that_trains_over_common_packs_serves_a_block_that_was_packed_fo
         function = compiled(model, "int4wo-32", dynamic=False)
         got = tuple(y.detach() for y in function(x.clone().requires_grad_()))
         assert model.misses(x, got, "int4wo-32") == []
+        assert_counts(aoquant_inductor.report(function), 4)
         model.k.weight.neg_()
         got = tuple(y.detach() for y in function(x.clone().requires_grad_()))
         assert model.misses(x, got, "int4wo-32") == []

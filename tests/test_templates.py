@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aoquant_inductor import lowering_triton
+from aoquant_inductor import lowering_portable, lowering_triton
 from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor.card import UNKNOWN, Card
 from aoquant_inductor.problem import Problem
@@ -96,9 +96,9 @@ def test_the_default_is_about_the_fastest_of_everything_measured(ptxas: tuple[in
         key = (found[0].label, costs.key_of(found[1]).replace("persistent ", ""), found[1].split_k)
         if key in times:
             ratios[of] = times[key] / min(times.values())
-    assert len(ratios) > 200
-    assert sum(ratios.values()) / len(ratios) < 1.05
-    assert max(ratios.values()) < 1.45, max(ratios, key=ratios.__getitem__)
+    assert len(ratios) >= 240
+    assert sum(ratios.values()) / len(ratios) < 1.03
+    assert max(ratios.values()) < 1.35, max(ratios, key=ratios.__getitem__)
 
 
 def test_every_config_without_a_default_has_a_price() -> None:
@@ -141,7 +141,7 @@ def test_everything_has_a_default_that_fits(scheme: str, card: Card) -> None:
         p = problem(scheme, n, k, m, card)
         found = default(p, card)
         if found is None:
-            assert (scheme, p.layout) == ("int8wo", "wgmma") and m >= 64
+            _check_that_a_copy_wins(p, card)
             continue
         _check(p, card, *found)
 
@@ -159,8 +159,17 @@ def test_a_search_tries_each_config_once_and_only_what_can_run(scheme: str, card
             _check(p, card, kernel, config)
 
 
+def _check_that_a_copy_wins(p: Problem, card: Card) -> None:
+    """A weight as bf16 for cuBLAS is dearer than every kernel of ours for few rows, and ours can run all the same."""
+    ours = [(us, k, config) for k in KERNELS if k.fits(p, card) for us, config in k.priced(p, card)]
+    assert not p.dynamic and p.m >= 64 and ours, p
+    assert min(us for us, *_ in ours) > lowering_portable.us(p, card)
+    for _, kernel, config in ours:
+        _check(p, card, kernel, config)
+
+
 def _check(p: Problem, card: Card, kernel: Kernel, config: Config) -> None:
-    operands = config.block_m * p.x.get_dtype().itemsize + config.block_n
+    operands = config.block_m * p.x.get_dtype().itemsize + config.block_n * p.bits // 8
     assert config.num_stages * config.block_k * operands <= card.shared, (kernel.template, config)
     assert 1 <= config.split_k <= MAX_SPLIT and not config.carried
     assert config.split_k == 1 or config.tiles(p.m, p.n) <= COUNTERS
@@ -178,6 +187,24 @@ def test_a_carried_accumulator_needs_the_newer_ptxas() -> None:
 @pytest.mark.parametrize("scheme", ["int4wo-128", "int4wo-32", "int4wo-row", "int8dq-int4w", "int8dq-int4w-128"])
 def test_int4_has_a_default_that_fits(scheme: str, card: Card) -> None:
     for n, k, m in itertools.product((16, 896, 28672), (128, 14336), (1, 5, 17, 100, 600, 3000)):
-        # a bf16 copy of a weight without tiles for the card, or of many rows
-        copied = scheme.startswith("int4wo") and m >= 64 and (n < 28672 or m >= 600)
-        assert copied or default(problem(scheme, n, k, m, card), card) is not None, (n, k, m)
+        p = problem(scheme, n, k, m, card)
+        if (found := default(p, card)) is None:
+            _check_that_a_copy_wins(p, card)
+        else:
+            _check(p, card, *found)
+
+
+def test_a_fit_finds_the_costs_that_times_were_made_of() -> None:
+    """By the formula that default mode chooses by: the two are written apart."""
+    true, split = costs.Cost(2.5, 0.4, 0.25), costs.Cost(0.8, 0.3, 2.0)
+    area, measured = 64 * 64, []
+    for n, k, m in itertools.product((896, 4096, 28672), (1280, 4096, 14336), (64, 256, 1024)):
+        tiles, steps = -(-m // 64) * -(-n // 64), k // 128
+        for parts in (1, 2, 4):
+            problem = ("h200", "int8dq", n, k, m)
+            row = fit.Row(problem, "W8A8", "64x64x128 w4 s4 g8", parts, tiles, area, -(-steps // parts), 0.0)
+            us = true.us(tiles * parts, row.steps, fit.SMS, row.memory) + costs.of_split(parts, tiles, area, fit.SMS, split)
+            measured.append(replace(row, us=us))
+    found = fit.fit(measured)
+    assert found["W8A8", "64x64x128 w4 s4 g8"] == pytest.approx(true, rel=0.05)
+    assert found[costs.split_of("W8A8")] == pytest.approx(split, rel=0.2)

@@ -120,23 +120,25 @@ class Kernel:
 
     def priced(self, p: Problem, card: Card) -> Iterator[tuple[float, Config]]:
         """(microseconds, config) of every config with a price that can run here, in each split of K worth a thought."""
+        if not self.label:
+            return
         m, memory = ir.rows_hint(p.m), p.n * p.k * p.bits / 8 / costs.BYTES_PER_US
+        known, rows = costs.costs(), 1 << (m - 1).bit_length()
         splits: dict[Config, bool] = {}
         for config in self.configs:
             base = replace(config, split_k=1)
             splits[base] = splits.get(base, False) or config.split_k != 1
-        rows = 1 << (m - 1).bit_length()
         for base, may in splits.items():
             # half as high as there are rows, or as high: others were not measured
             if not min(rows // 2, 64) <= base.block_m <= max(16, rows):
                 continue
-            cost = costs.costs().get((self.label, costs.key_of(base)))
+            cost = known[self.label, costs.key_of(base)]
             tiles, steps = base.tiles(m, p.n), -(-p.k // (base.block_k * int(dict(base.extra).get("DOTS", 1))))
             for split in (1, 2, 4, 8, 16) if may else (1,):
-                if cost is None or (split > 1 and (2 * split > steps or tiles * split > MOST_WAVES * card.sms)):
+                if split > 1 and (2 * split > steps or tiles * split > MOST_WAVES * card.sms):
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
-                    price = costs.costs()[costs.split_of(self.label)]
+                    price = known[costs.split_of(self.label)]
                     apart = costs.of_split(split, tiles, base.block_m * base.block_n, card.sms, price)
                     us = cost.us(tiles * split, -(-steps // split), card.sms, memory) + apart
                     yield us * costs.HOT if us > costs.LONG and not p.dynamic else us, able
