@@ -103,10 +103,14 @@ def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
 SPLIT = "(linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=4))"
 SWAPPED = "(linear.GENERAL, Config(32, 64, 128, 4, 3, swap=True, split_k=2))"
 HELD = SWAPPED.replace("))", ", extra=(('HELD', True),)))")
+# tiles that their programs add up together; one after the other, as the interpreter runs them, all leave it to the last
+SLICED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, split_k=4))"
+SLICED_SWAPPED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, swap=True, split_k=2))"
 DOTS = "(linear.GENERAL, Config(32, 64, 64, 4, 2, swap=True, split_k=2, extra=(('DOTS', 2),)))"
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
           ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD),
-          ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
+          ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SWAPPED),
+          ("int8wo", "float16", 33, 70, 1024, SLICED_SWAPPED), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 CASES = [
     ("int8wo", "float16", 5, 33, 65), ("int8wo-32", "float32", 3, 40, 33), ("int8dq", "float16", 5, 70, 129),
     ("int8dq-asymact", "float32", 3, 33, 31), ("int4wo-32-asym", "float16", 5, 33, 129), ("int4wo-32-asymfloat", "float32", 2, 20, 70),
@@ -119,6 +123,8 @@ INT4 = [
     ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-128-asym", 20, 70, 400, None),
     ("int4wo-128", 20, 70, 1100, "(int4.SUMS, Config(16, 64, 256, 4, 3, split_k=2))"), ("int4wo-row-asym", 9, 70, 400, None),
     ("int4wo-32-asym", 20, 70, 400, None), ("int4wo-64-asymfloat", 5, 70, 400, None),
+    ("int4wo-128-asym", 50, 70, 1100, "(int4.SUMS, Config(64, 64, 128, 4, 3, split_k=4))"),
+    ("int8dq-int4w-asym-asymact", 50, 70, 1100, "(int4.DYNAMIC_ROW, Config(64, 64, 128, 4, 3, split_k=4))"),
     ("int4wo-32", 100, 70, 400, "(int4.ONE_SUM, int4.S128)"), ("int8dq-int4w", 5, 70, 400, None),
     ("int8dq-int4w-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-128", 5, 70, 400, None),
     ("int8dq-int4w-128-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-256-asym", 40, 70, 700, None),

@@ -19,6 +19,7 @@ FILL, FILL_TWICE = -1, -2
 ANY = 1 << 62
 MAX_SPLIT = 16
 MOST_WAVES = 4  # of programs that share their tiles
+SLICED_AREA = 4096  # elements of a tile that is added up by all of its programs
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,15 @@ class Config:
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.block_m) * -(-n // self.block_n)
 
+    def sliced(self) -> bool:
+        """Whether the programs of a tile add it up together."""
+        return self.split_k > 1 and self.block_m * self.block_n >= SLICED_AREA and self.block_m >= self.split_k
+
     def keywords(self) -> dict[str, Any]:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
             "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried, "PROGRAMS": self.programs,
+            "SLICE_M": self.block_m // self.split_k if self.sliced() else self.block_m,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 
