@@ -1,9 +1,10 @@
 """What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
 
     us = start + norm(steps * max(step, ceil(programs / multiprocessors) * full), bytes of the weight / rate), and for split K
-       + split.start + split * block_m * block_n / 8192 * (split.step + split.full * tiles / multiprocessors)
+       + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
-steps: of K, by one program. Three numbers for a config, and for the splits of a kernel, by the least sum of
+steps: of K, by one program. one, others: split, tiles; of a large tile 1, split * tiles. Three numbers for a config, and for both
+kinds of splits of a kernel, by the least sum of
 |log(model / measured)|. What is printed says how good they are: the time of the config that the model takes over that of the
 fastest one measured.
 """
@@ -24,7 +25,9 @@ import torch
 
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS
-from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, NORM, SPLIT_AREA, Cost, key_of, of_bf16, of_split, split_of
+from aoquant_inductor.templates.costs import (
+    BF16, COLUMNS, FILE, NORM, SPLIT_AREA, Cost, key_of, of_bf16, of_split, sliced, split_of,
+)
 from benchmarks.measure import RESULTS
 
 SMS = 132  # of both cards measured
@@ -73,6 +76,8 @@ def rows(folder: Path) -> Iterator[Row]:
                 label = LABELS.get((line["kernel"], line["scheme"]))
                 if label is None:
                     continue
+                if " persistent" in line["config"] and "persistent" not in label:
+                    label += " persistent"
                 text = re.sub(r" persistent| \{.*", "", line["config"]).strip()
                 bm, bn, bk = map(int, re.match(r"(\d+)x(\d+)x(\d+)", text).groups())  # type: ignore[union-attr]
                 found = re.search(r" split (\d+)", text)
@@ -86,17 +91,19 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     """{(label, config): [start, step, full]}, and the splits of each label."""
     configs = sorted({(r.label, r.config) for r in measured})
     place = {key: i for i, key in enumerate(configs)}
-    labels = sorted({r.label for r in measured})
-    of = torch.tensor([labels.index(r.label) for r in measured])
+    ways = sorted({split_of(r.label, r.area) for r in measured if r.split > 1})
+    of = torch.tensor([ways.index(split_of(r.label, r.area)) if r.split > 1 else 0 for r in measured])
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
-    parts = torch.tensor([r.split * r.area / SPLIT_AREA * (r.split > 1) for r in measured])
-    is_split, tiles = (parts > 0).float(), torch.tensor([r.tiles / SMS for r in measured])
+    whole = [sliced(r.split, r.area) for r in measured]
+    parts = torch.tensor([(r.split > 1) * (1 if s else r.split) * r.area / SPLIT_AREA for r, s in zip(measured, whole, strict=True)])
+    tiles = torch.tensor([r.tiles * (r.split if s else 1) / SMS for r, s in zip(measured, whole, strict=True)])
+    is_split = (parts > 0).float()
     us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
     # [start, full, what a step takes more when it has nobody to hide its waits behind]
     first = torch.tensor([3.0, 0.3, 0.3]).log().repeat(len(configs), 1)
-    raw, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(len(labels), 1).requires_grad_()
+    raw, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1).requires_grad_()
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
@@ -115,7 +122,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     cost, split, error = cost.detach(), split.detach(), error.detach()
     median, mean = float(error.median()), float(error.mean())
     print(f"{len(measured)} rows, {len(configs)} configs: median error {median:.1%}, mean {mean:.1%}")
-    splits = {split_of(label): split.exp()[i].tolist() for i, label in enumerate(labels)}
+    splits = {way: split.exp()[i].tolist() for i, way in enumerate(ways)}
     return {key: cost[i].tolist() for key, i in place.items()} | splits
 
 
@@ -140,7 +147,9 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) ->
     def modelled(r: Row) -> float:
         start, step, full = costs[r.label, r.config]
         whole = Cost(start, step, full).us(r.tiles * r.split, r.steps, SMS, r.memory)
-        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label)]))
+        if r.split == 1:
+            return whole
+        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]))
 
     problems = defaultdict(list)
     for r in measured:

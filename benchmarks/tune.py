@@ -121,7 +121,8 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
     del dense
     yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
     for kernel, config, future in built:
-        text = f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
+        words = " persistent" if config.programs else ""
+        text = f"{config}{words} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
         row = {"kernel": kernel, "config": text}
         try:
             b = future.result()

@@ -41,6 +41,11 @@ def _fma_bf16x2(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return halves[0] | (halves[1] << 16)
 
 
+def _fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    x, y, z = (t.view(np.float32).astype(np.float64) for t in (a, b, c))
+    return (x * y + z).astype(np.float32).view(np.uint32)
+
+
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     out = np.zeros_like(a)
     for i in range(4):
@@ -59,7 +64,7 @@ def _dp4a(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 OPS = {
     "mov.b32": lambda a: a, "mov.b16": lambda a: a, "shr.u32": lambda a, n: a >> n, "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b, "xor.b32": lambda a, b: a ^ b, "sub.u32": lambda a, b: a - b, "lop3.b32": _lop3,
-    "fma.rn.bf16x2": _fma_bf16x2, "prmt.b32": _prmt, "dp4a.s32.s32": _dp4a,
+    "fma.rn.bf16x2": _fma_bf16x2, "fma.rn.f32": _fma_f32, "prmt.b32": _prmt, "dp4a.s32.s32": _dp4a,
 }
 
 

@@ -134,6 +134,11 @@ WORDS = [
     ("int8wo", "bfloat16", 40, 70, 448, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 64, 4, 2, swap=True, extra=(('DOTS', 2),)))"),
     ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
 ]
+INT4 += [
+    ("int8dq-int4w", 70, 70, 400, "(int4.PERSISTENT_ROW, Config(32, 64, 128, 4, 3, programs=1))"),
+    ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.PERSISTENT_ROW, Config(32, 64, 256, 4, 3, programs=1))"),
+    ("int8dq-int4w-128-asym-asymact", 70, 70, 400, "(int4.PERSISTENT_GROUPS, Config(32, 64, 128, 4, 3, programs=1))"),
+]
 PERSISTENT = "(linear.PERSISTENT, Config(32, 32, 64, 4, 3, programs=1))"
 WORDS += [("int8dq", "bfloat16", 200, 310, 208, PERSISTENT), ("int8dq-asymact", "float16", 5, 33, 1040, PERSISTENT)]
 CASES = [(*case, "None") for case in CASES + FEW_ROWS] + FORCED + WORDS

@@ -20,6 +20,7 @@ FILE = Path(__file__).parent / "costs.csv"
 COLUMNS = ("kernel", "config", "start", "step", "full")
 BF16 = ("bf16", "")
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
+SLICED_AREA = 4096  # elements of a tile that is added up by all of its programs, each its rows, not by the last to come
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
@@ -51,17 +52,22 @@ def costs() -> dict[tuple[str, str], Cost]:
         return {(row[0], row[1]): Cost(*map(float, row[2:])) for row in list(csv.reader(file))[1:]}
 
 
-def split_of(label: str) -> tuple[str, str]:
-    """Where the splits of a kernel are."""
-    return f"{label} split", ""
+def sliced(split: int, area: int) -> bool:
+    return split > 1 and area >= SLICED_AREA
+
+
+def split_of(label: str, area: int) -> tuple[str, str]:
+    """Where the splits of a kernel are, for tiles of `area` elements."""
+    return f"{label} {'sliced' if area >= SLICED_AREA else 'split'}", ""
 
 
 def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
-    """Microseconds of adding up the parts of tiles of `area` elements: by the last program of a tile, and through memory."""
+    """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory."""
     if split == 1:
         return 0.0
     start, step, full = cost
-    return start + split * area / SPLIT_AREA * (step + full * tiles / sms)
+    one, others = (1, split * tiles) if sliced(split, area) else (split, tiles)
+    return start + one * area / SPLIT_AREA * (step + full * others / sms)
 
 
 def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:

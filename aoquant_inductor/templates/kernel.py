@@ -19,7 +19,6 @@ FILL, FILL_TWICE = -1, -2
 ANY = 1 << 62
 MAX_SPLIT = 16
 MOST_WAVES = 4  # of programs that share their tiles
-SLICED_AREA = 4096  # elements of a tile that is added up by all of its programs
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,12 @@ class Config:
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.block_m) * -(-n // self.block_n)
 
-    def sliced(self) -> bool:
-        """Whether the programs of a tile add it up together."""
-        return self.split_k > 1 and self.block_m * self.block_n >= SLICED_AREA and self.block_m >= self.split_k
-
     def keywords(self) -> dict[str, Any]:
+        sliced = costs.sliced(self.split_k, self.block_m * self.block_n)
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
             "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried, "PROGRAMS": self.programs,
-            "SLICE_M": self.block_m // self.split_k if self.sliced() else self.block_m,
+            "SLICE_M": self.block_m // self.split_k if sliced else self.block_m,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 
@@ -144,8 +140,8 @@ class Kernel:
                 if split > 1 and (2 * split > steps or tiles * split > MOST_WAVES * card.sms):
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
-                    price = known[costs.split_of(self.label)]
-                    apart = costs.of_split(split, tiles, base.block_m * base.block_n, card.sms, price)
+                    area = base.block_m * base.block_n
+                    apart = 0.0 if split == 1 else costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
                     us = cost.us(tiles * split, -(-steps // split), card.sms, memory) + apart
                     yield us * costs.HOT if us > costs.LONG and not p.dynamic else us, able
 
@@ -158,7 +154,8 @@ class Kernel:
         if config.split_k > 1:
             scratch = 4 * config.split_k * config.tiles(most or 0, p.n) * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
-        label = f"Triton {self.template} {kind} {config}"
+        persistent = " persistent" if config.programs and self.template != "persistent" else ""
+        label = f"Triton {self.template} {kind} {config}{persistent}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
 
 
