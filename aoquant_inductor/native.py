@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ def state() -> str:
 
 def watch_type() -> Any | None:
     return _built[0].Watch if _built else None
+
+
+def _same(objects: Sequence[Any], refs: tuple[Any, ...]) -> bool:
+    return len(objects) == len(refs) and all(ref() is one for one, ref in zip(objects, refs, strict=True))
+
+
+same: Callable[[Sequence[Any], tuple[Any, ...]], bool] = _same
+"""(a tuple of objects, weak references): is each object what its reference refers to? Changes once the check is built."""
 
 
 def module(ready: Callable[[], None]) -> Any:
@@ -93,7 +101,9 @@ def _build(ready: Callable[[], None]) -> None:
         with FileLock(f"{target}.lock"):  # of 16 processes on a cold cache one builds
             if not target.exists():
                 subprocess.run(_command(target), check=True, capture_output=True, text=True, start_new_session=True)
+        global same
         _built.append(_load(target))
+        same = _built[0].same
         ready()
     except (OSError, ImportError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)

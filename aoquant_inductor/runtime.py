@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from aoquant_inductor import _inductor, release
+from aoquant_inductor import _inductor, native, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
 from aoquant_inductor.layouts import Packed, Strides
@@ -125,6 +125,7 @@ class _Group:
             if opts.release_weights:
                 layer = release.let_go(layer, entry, names, opts, linear.read_elsewhere)
             layers.append(layer)
+        self.refs = tuple(entry.ref for entry in self.entries)
         self.watch = Watch(self.entries)
         if context is not None:
             journal = log_of(context)
@@ -167,15 +168,17 @@ class LookedUp:
         self.like = [[_Linear.of(site) for site in unit] for unit in rewritten.units]
         self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
         self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
+        self.latest: dict[int, _Group] = {}  # by the first weight: the ids of all of them take longer than the rest of a call
         self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable
 
     def call(self, *args: Any) -> Any:
         weights = self.pick(args)
-        group = self.groups.get(tuple(map(id, weights)))
-        if group is None:
-            group = self._add(weights, args)
-        if not isinstance(group, _Group):
-            return group(*args)
+        group = self.latest.get(id(weights[0]))
+        if group is None or not native.same(weights, group.refs):
+            found = self.groups.get(tuple(map(id, weights))) or self._add(weights, args)
+            if not isinstance(found, _Group):
+                return found(*args)
+            group = self.latest[id(weights[0])] = found
         if self.checked and group.watch.stale():
             group.watch.update()
         return self.function(*group.packs, *self.keep(args))
@@ -191,8 +194,13 @@ class LookedUp:
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone
-            weakref.finalize(weight, self.groups.pop, key, None).atexit = False
+            weakref.finalize(weight, _drop, self.groups, self.latest, key).atexit = False
         return group
+
+
+def _drop(groups: dict[tuple[int, ...], Any], latest: dict[int, Any], key: tuple[int, ...]) -> None:
+    groups.pop(key, None)
+    latest.pop(key[0], None)
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -3,10 +3,9 @@
     us = start + norm(steps * max(step, ceil(programs / multiprocessors) * full), bytes of the weight / rate), and for split K
        + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
-steps: of K, by one program. one, others: split, tiles; of a large tile 1, split * tiles. Three numbers for a config, and for both
-kinds of splits of a kernel, by the least sum of
-|log(model / measured)|. What is printed says how good they are: the time of the config that the model takes over that of the
-fastest one measured.
+steps: of K, by one program. one, others: split, tiles; of a large tile 1, split * tiles. Three numbers for a config, and for
+both kinds of splits of a kernel, by the least sum of |log(model / measured)|. What is printed says how
+good they are: the time of the config that the model takes over that of the fastest one measured.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ import torch
 
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS
-from aoquant_inductor.templates.costs import (
-    BF16, COLUMNS, FILE, NORM, SPLIT_AREA, Cost, key_of, of_bf16, of_split, sliced, split_of,
-)
+from aoquant_inductor.templates import costs as prices
+from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, NORM, SPLIT_AREA, Cost, key_of, of_bf16, of_split, split_of
 from benchmarks.measure import RESULTS
 
 SMS = 132  # of both cards measured
@@ -84,6 +82,8 @@ def rows(folder: Path) -> Iterator[Row]:
                 split = int(found.group(1)) if found else 1
                 steps = -(-k // (bk * (2 if " dots" in text else 1)))
                 tiles = -(-m // bm) * -(-n // bn)
+                if not prices.splits_fit(split, tiles, bm * bn, SMS):
+                    continue
                 yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, -(-steps // split), us)
 
 
@@ -96,21 +96,22 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
-    whole = [sliced(r.split, r.area) for r in measured]
-    parts = torch.tensor([(r.split > 1) * (1 if s else r.split) * r.area / SPLIT_AREA for r, s in zip(measured, whole, strict=True)])
-    tiles = torch.tensor([r.tiles * (r.split if s else 1) / SMS for r, s in zip(measured, whole, strict=True)])
-    is_split = (parts > 0).float()
+    is_split = torch.tensor([float(r.split > 1) for r in measured])
+    shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
+    parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
+    others = torch.tensor([others / SMS for _, others in shared])
     us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
     # [start, full, what a step takes more when it has nobody to hide its waits behind]
     first = torch.tensor([3.0, 0.3, 0.3]).log().repeat(len(configs), 1)
-    raw, split = first.clone().requires_grad_(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1).requires_grad_()
+    raw, split = first.clone(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1)
+    raw.requires_grad_(), split.requires_grad_()
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         start, full, alone = raw.exp().unbind(1)
         cost = torch.stack([start, full * (1 + alone), full], 1)
-        once, by_last, by_all = split.exp()[of].unbind(1)
-        more = is_split * once + parts * (by_last + tiles * by_all)
+        once, by_one, by_all = split.exp()[of].unbind(1)
+        more = is_split * once + parts * (by_one + others * by_all)
         begin, step, full = cost[index].unbind(1)
         work = ((steps * torch.maximum(step, waves * full)) ** NORM + memory**NORM) ** (1 / NORM)
         error = (torch.log(begin + work + more) - us.log()).abs()

@@ -59,7 +59,7 @@ def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
 
 BY_PTXAS = {
     (12, 8): [
-        ("int8wo", 4096, 4096, 1, "1x2x2048"), ("int4wo-128", 28672, 4096, 1, "8x16x256"), ("int4wo-128", 151936, 896, 1, "8x16x128"),
+        ("int8wo", 4096, 4096, 1, "1x4x2048"), ("int8wo", 151936, 896, 1, "1x4x1024"), ("int4wo-128", 28672, 4096, 1, "8x16x256"), ("int4wo-128", 151936, 896, 1, "8x16x128"),
         ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"), ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
         ("int8dq", 28672, 4096, 16, "16x64x256 swapped"), ("int8dq", 28672, 4096, 256, "128x128x128"),
         ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, None),
@@ -96,9 +96,9 @@ def test_the_default_is_about_the_fastest_of_everything_measured(ptxas: tuple[in
         key = (found[0].label, costs.key_of(found[1]).replace("persistent ", ""), found[1].split_k)
         if key in times:
             ratios[of] = times[key] / min(times.values())
-    assert len(ratios) >= 240
-    assert sum(ratios.values()) / len(ratios) < 1.03
-    assert max(ratios.values()) < 1.35, max(ratios, key=ratios.__getitem__)
+    assert len(ratios) >= 200
+    assert sum(ratios.values()) / len(ratios) < 1.02
+    assert max(ratios.values()) < 1.25, max(ratios, key=ratios.__getitem__)
 
 
 def test_every_config_without_a_default_has_a_price() -> None:

@@ -3,6 +3,8 @@
 // refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
 // counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
 //
+// same(objects, refs) -> bool: whether each of these objects is what its weak reference refers to.
+//
 // let_go(tensor, message): frees the tensor's memory; whatever reads or writes it later raises RuntimeError(message). Sizes,
 // strides and the version stay: Dynamo's guards pass.
 #include <torch/csrc/autograd/python_variable.h>
@@ -90,6 +92,22 @@ void watch_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
+PyObject* same(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 2 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "same: two tuples are wanted");
+    return nullptr;
+  }
+  const Py_ssize_t length = PyTuple_GET_SIZE(args[0]);
+  if (PyTuple_GET_SIZE(args[1]) != length) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < length; ++i) {
+    PyObject* ref = PyTuple_GET_ITEM(args[1], i);
+    PyObject* object = PyWeakref_Check(ref) ? referent(ref) : nullptr;
+    Py_XDECREF(object);  // the tuple holds it
+    if (object != PyTuple_GET_ITEM(args[0], i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 PyObject* let_go(PyObject*, PyObject* args) {
   PyObject* object;
   const char* message;
@@ -105,7 +123,11 @@ PyObject* let_go(PyObject*, PyObject* args) {
 }
 
 PyTypeObject watch_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
-PyMethodDef functions[] = {{"let_go", let_go, METH_VARARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+PyMethodDef functions[] = {
+    {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(same)), METH_FASTCALL, nullptr},
+    {"let_go", let_go, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "aoquant_watch", nullptr, -1, functions};
 
 }  // namespace

@@ -22,6 +22,8 @@ BF16 = ("bf16", "")
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
 SLICED_AREA = 4096  # elements of a tile that is added up by all of its programs, each its rows, not by the last to come
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
+MOST_WAVES = 4  # of programs that share their tiles
+FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
 LONG, HOT = 500.0, 1.12
@@ -56,9 +58,20 @@ def sliced(split: int, area: int) -> bool:
     return split > 1 and area >= SLICED_AREA
 
 
+def splits_fit(split: int, tiles: int, area: int, sms: int) -> bool:
+    """Whether it is worth a thought: programs that add up a tile together have to run at the same time."""
+    waves = (1 if area >= FULL_AREA else 2) if sliced(split, area) else MOST_WAVES
+    return split == 1 or split * tiles <= waves * sms
+
+
 def split_of(label: str, area: int) -> tuple[str, str]:
     """Where the splits of a kernel are, for tiles of `area` elements."""
     return f"{label} {'sliced' if area >= SLICED_AREA else 'split'}", ""
+
+
+def shared(split: int, tiles: int, area: int) -> tuple[int, int]:
+    """How many parts of a tile a program adds up, and how many programs do so at once."""
+    return (1, split * tiles) if sliced(split, area) else (split, tiles)
 
 
 def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
@@ -66,7 +79,7 @@ def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
     if split == 1:
         return 0.0
     start, step, full = cost
-    one, others = (1, split * tiles) if sliced(split, area) else (split, tiles)
+    one, others = shared(split, tiles, area)
     return start + one * area / SPLIT_AREA * (step + full * others / sms)
 
 

@@ -18,7 +18,6 @@ FOLDER = Path(__file__).parent
 FILL, FILL_TWICE = -1, -2
 ANY = 1 << 62
 MAX_SPLIT = 16
-MOST_WAVES = 4  # of programs that share their tiles
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,14 @@ class Kernel:
                 continue
             cost = known[self.label, costs.key_of(base)]
             tiles, steps = base.tiles(m, p.n), -(-p.k // (base.block_k * int(dict(base.extra).get("DOTS", 1))))
+            area = base.block_m * base.block_n
             for split in (1, 2, 4, 8, 16) if may else (1,):
-                if split > 1 and (2 * split > steps or tiles * split > MOST_WAVES * card.sms):
+                if split > 1 and (2 * split > steps or not costs.splits_fit(split, tiles, area, card.sms)):
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
-                    area = base.block_m * base.block_n
-                    apart = 0.0 if split == 1 else costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
-                    us = cost.us(tiles * split, -(-steps // split), card.sms, memory) + apart
+                    us = cost.us(tiles * split, -(-steps // split), card.sms, memory)
+                    if split > 1:
+                        us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
                     yield us * costs.HOT if us > costs.LONG and not p.dynamic else us, able
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
