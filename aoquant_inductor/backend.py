@@ -136,7 +136,7 @@ def _compile(
     if not is_constant:
         weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]
-        return LookedUp(plain, function, rewritten, weights, kept, opts, patches).call
+        return LookedUp(plain, function, rewritten, weights, kept, opts, patches).compiled()
     dynamo.guard_identity([site.weight for site in rewritten.sites], frame.local_self)
     # Dynamo writes the call's bytecode after this, from the placeholders of a graph that never runs: what is gone from it is
     # never loaded.

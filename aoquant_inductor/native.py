@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ def watch_type() -> Any | None:
     return _built[0].Watch if _built else None
 
 
-def _same(objects: Sequence[Any], refs: tuple[Any, ...]) -> bool:
-    return len(objects) == len(refs) and all(ref() is one for one, ref in zip(objects, refs, strict=True))
+def lookup_type() -> Any | None:
+    return _built[0].Lookup if _built else None
 
 
-same: Callable[[Sequence[Any], tuple[Any, ...]], bool] = _same
-"""(a tuple of objects, weak references): is each object what its reference refers to? Changes once the check is built."""
+def turn() -> None:
+    """What any Lookup remembers counts no more."""
+    if _built:
+        _built[0].turn()
 
 
 def module(ready: Callable[[], None]) -> Any:
@@ -101,9 +103,7 @@ def _build(ready: Callable[[], None]) -> None:
         with FileLock(f"{target}.lock"):  # of 16 processes on a cold cache one builds
             if not target.exists():
                 subprocess.run(_command(target), check=True, capture_output=True, text=True, start_new_session=True)
-        global same
         _built.append(_load(target))
-        same = _built[0].same
         ready()
     except (OSError, ImportError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class _Group:
 
     def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Sequence[_Linear]], opts: Options) -> None:
         """like: the units of the graph that the packs are for."""
-        self.packs: list[torch.Tensor] = []
+        packs: list[torch.Tensor] = []
         self.entries: list[Entry] = []
         context, root = dynamo.calling()
         names, layers, coming = Names(root), [], iter(weights)
@@ -115,7 +116,8 @@ class _Group:
                 raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
         self._join(linears, weights)
         for unit in like:
-            self.packs += self._pack(unit, [next(coming) for _ in unit]).tensors
+            packs += self._pack(unit, [next(coming) for _ in unit]).tensors
+        self.packs = tuple(packs)
         for weight, linear in zip(weights, linears, strict=True):
             entry, _, sqnr = STORE.pack(weight, linear.scheme, linear.layout)
             self.entries.append(entry)
@@ -163,27 +165,36 @@ class LookedUp:
         opts: Options, patches: Mapping[str, Any],
     ) -> None:
         """gm: the graph before the rewrite; weights, kept: which of its arguments are looked up, and which are passed on."""
-        self.pick = _picker(weights)
-        self.keep = _picker(kept)
+        self.weights, self.kept = tuple(weights), tuple(kept)
+        self.pick, self.keep = _picker(weights), _picker(kept)
         self.like = [[_Linear.of(site) for site in unit] for unit in rewritten.units]
         self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
         self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
-        self.latest: dict[int, _Group] = {}  # by the first weight: the ids of all of them take longer than the rest of a call
         self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable
 
-    def call(self, *args: Any) -> Any:
+    def compiled(self) -> Compiled:
+        """What a call runs: in C++ (csrc/watch.cpp), where that is built by now, all but the first call with its weights."""
+        kind = native.lookup_type()
+        if kind is None:
+            return partial(self.call, None)
+        fast: Compiled = kind(self.weights, self.kept, self.function, self.call)
+        return fast
+
+    def call(self, fast: Any, *args: Any) -> Any:
+        """fast: the native Lookup that asks, if one does."""
         weights = self.pick(args)
-        group = self.latest.get(id(weights[0]))
-        if group is None or not native.same(weights, group.refs):
-            found = self.groups.get(tuple(map(id, weights))) or self._add(weights, args)
-            if not isinstance(found, _Group):
-                return found(*args)
-            group = self.latest[id(weights[0])] = found
+        group = self.groups.get(tuple(map(id, weights)))
+        if group is None:
+            group = self._add(weights, args, fast)
+        if not isinstance(group, _Group):
+            return group(*args)
         if self.checked and group.watch.stale():
             group.watch.update()
+        if fast is not None and not (self.checked and group.watch.native is None):
+            fast.remember(group.refs, group.packs, group.watch.native if self.checked else None)
         return self.function(*group.packs, *self.keep(args))
 
-    def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any]) -> _Group | Compiled:
+    def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any], fast: Any) -> _Group | Compiled:
         key = tuple(map(id, weights))
         group: _Group | Compiled
         try:
@@ -194,13 +205,14 @@ class LookedUp:
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone
-            weakref.finalize(weight, _drop, self.groups, self.latest, key).atexit = False
+            weakref.finalize(weight, _drop, self.groups, None if fast is None else weakref.ref(fast), key).atexit = False
         return group
 
 
-def _drop(groups: dict[tuple[int, ...], Any], latest: dict[int, Any], key: tuple[int, ...]) -> None:
+def _drop(groups: dict[tuple[int, ...], Any], fast: Callable[[], Any] | None, key: tuple[int, ...]) -> None:
     groups.pop(key, None)
-    latest.pop(key[0], None)
+    if fast is not None and (lookup := fast()) is not None:
+        lookup.forget(key[0])
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

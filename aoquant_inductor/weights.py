@@ -149,6 +149,7 @@ class Store:
     def turn(self) -> None:
         """Something changed that every Watch has to look at again."""
         self.generation += 1
+        native.turn()
 
     def drop(self, key: int, ref: weakref.ref[torch.Tensor]) -> None:
         found = self._entries.get(key)

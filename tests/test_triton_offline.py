@@ -137,9 +137,6 @@ WORDS = [
 INT4 += [
     ("int8dq-int4w", 70, 70, 400, "(int4.PERSISTENT_ROW, Config(32, 64, 128, 4, 3, programs=1))"),
     ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.PERSISTENT_ROW, Config(32, 64, 256, 4, 3, programs=1))"),
-    ("int4wo-32", 3, 70, 400, "(int4.GEMV_GROUPS, Config(8, 16, 256, 2, 1))"),
-    ("int4wo-32-asym", 1, 70, 1100, "(int4.GEMV_GROUPS, Config(8, 16, 256, 1, 1, split_k=2))"),
-    ("int4wo-64-asymfloat", 5, 70, 400, "(int4.GEMV_GROUPS, Config(8, 16, 128, 1, 1))"),
 ]
 PERSISTENT = "(linear.PERSISTENT, Config(32, 32, 64, 4, 3, programs=1))"
 WORDS += [("int8dq", "bfloat16", 200, 310, 208, PERSISTENT), ("int8dq-asymact", "float16", 5, 33, 1040, PERSISTENT)]

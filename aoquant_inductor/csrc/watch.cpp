@@ -3,12 +3,18 @@
 // refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
 // counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
 //
-// same(objects, refs) -> bool: whether each of these objects is what its weak reference refers to.
+// turn(): what was remembered below counts no more; said when a weight's stamp changes anywhere.
+//
+// Lookup(weights, kept, function, slow)(*args): function(*packs, *(args[i] for i in kept)), with the packs that were remembered
+// for the weights args[i], i in weights, if all of them are as they were; slow(this, *args) otherwise, which is expected to
+// call remember(refs, packs, watch): weak references to those weights, a tuple of tensors, and a Watch of them, or None
+// where nobody asks whether they changed. forget(id of the first weight) lets go of the packs.
 //
 // let_go(tensor, message): frees the tensor's memory; whatever reads or writes it later raises RuntimeError(message). Sizes,
 // strides and the version stay: Dynamo's guards pass.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -36,6 +42,8 @@ PyObject* referent(PyObject* ref) {  // a new reference, or null when it is dead
 #endif
 }
 
+int64_t generation = 0;
+
 bool differs(PyObject* object, const State& state) {
   const at::Tensor& tensor = THPVariable_Unpack(object);
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
@@ -47,16 +55,19 @@ bool differs(PyObject* object, const State& state) {
   return reinterpret_cast<uintptr_t>(base ? base + impl->storage_offset() * impl->itemsize() : nullptr) != state.pointer;
 }
 
-PyObject* watch_call(PyObject* self, PyObject* const*, size_t, PyObject*) {
-  auto* watch = reinterpret_cast<Watch*>(self);
+bool stale(const Watch* watch) {
   for (size_t i = 0; i < watch->states->size(); ++i) {
     PyObject* object = referent(PyTuple_GET_ITEM(watch->refs, (Py_ssize_t)i));
-    if (object == nullptr) Py_RETURN_TRUE;
+    if (object == nullptr) return true;
     const bool changed = !THPVariable_Check(object) || differs(object, (*watch->states)[i]);
     Py_DECREF(object);
-    if (changed) Py_RETURN_TRUE;
+    if (changed) return true;
   }
-  Py_RETURN_FALSE;
+  return false;
+}
+
+PyObject* watch_call(PyObject* self, PyObject* const*, size_t, PyObject*) {
+  return PyBool_FromLong(stale(reinterpret_cast<Watch*>(self)));
 }
 
 PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
@@ -92,20 +103,146 @@ void watch_dealloc(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
-PyObject* same(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 2 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "same: two tuples are wanted");
+PyTypeObject watch_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+struct Packs {  // of one set of weights; everything is owned
+  PyObject *refs, *packs, *watch;
+  int64_t generation;
+};
+
+struct Lookup {
+  PyObject_HEAD
+  PyObject *function, *slow, *weakrefs;
+  std::vector<Py_ssize_t>*weights, *kept;
+  std::unordered_map<PyObject*, Packs>* known;  // by the first weight, not owned
+  vectorcallfunc call;
+};
+
+void release(Packs& packs) {
+  Py_DECREF(packs.refs);
+  Py_DECREF(packs.packs);
+  Py_DECREF(packs.watch);
+}
+
+bool same(const Packs& packs, const std::vector<Py_ssize_t>& places, PyObject* const* args) {
+  for (size_t i = 0; i < places.size(); ++i) {
+    PyObject* object = referent(PyTuple_GET_ITEM(packs.refs, (Py_ssize_t)i));
+    Py_XDECREF(object);  // the arguments hold it
+    if (object != args[places[i]]) return false;
+  }
+  return packs.watch == Py_None || (packs.generation == generation && !stale(reinterpret_cast<Watch*>(packs.watch)));
+}
+
+PyObject* lookup_call(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
+  auto* lookup = reinterpret_cast<Lookup*>(self);
+  const Py_ssize_t count = PyVectorcall_NARGS(flags);
+  if (names != nullptr || count != (Py_ssize_t)(lookup->weights->size() + lookup->kept->size())) {
+    PyErr_SetString(PyExc_TypeError, "Lookup: called with other arguments than the graph has");
     return nullptr;
   }
-  const Py_ssize_t length = PyTuple_GET_SIZE(args[0]);
-  if (PyTuple_GET_SIZE(args[1]) != length) Py_RETURN_FALSE;
-  for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* ref = PyTuple_GET_ITEM(args[1], i);
-    PyObject* object = PyWeakref_Check(ref) ? referent(ref) : nullptr;
-    Py_XDECREF(object);  // the tuple holds it
-    if (object != PyTuple_GET_ITEM(args[0], i)) Py_RETURN_FALSE;
+  auto found = lookup->known->find(args[lookup->weights->front()]);
+  std::vector<PyObject*> out;
+  if (found == lookup->known->end() || !same(found->second, *lookup->weights, args)) {
+    out.push_back(self);
+    out.insert(out.end(), args, args + count);
+    return PyObject_Vectorcall(lookup->slow, out.data(), out.size(), nullptr);
   }
-  Py_RETURN_TRUE;
+  PyObject* packs = Py_NewRef(found->second.packs);  // the call may forget them
+  const Py_ssize_t length = PyTuple_GET_SIZE(packs);
+  out.reserve(length + lookup->kept->size());
+  for (Py_ssize_t i = 0; i < length; ++i) out.push_back(PyTuple_GET_ITEM(packs, i));
+  for (Py_ssize_t place : *lookup->kept) out.push_back(args[place]);
+  PyObject* result = PyObject_Vectorcall(lookup->function, out.data(), out.size(), nullptr);
+  Py_DECREF(packs);
+  return result;
+}
+
+PyObject* lookup_remember(PyObject* self, PyObject* args) {
+  auto* lookup = reinterpret_cast<Lookup*>(self);
+  PyObject *refs, *packs, *watch;
+  if (!PyArg_ParseTuple(args, "O!O!O", &PyTuple_Type, &refs, &PyTuple_Type, &packs, &watch)) return nullptr;
+  if (PyTuple_GET_SIZE(refs) != (Py_ssize_t)lookup->weights->size() || (watch != Py_None && !Py_IS_TYPE(watch, &watch_type))) {
+    PyErr_SetString(PyExc_TypeError, "Lookup.remember: a reference for each weight, and a Watch or None are wanted");
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(refs); ++i) {
+    if (!PyWeakref_Check(PyTuple_GET_ITEM(refs, i))) {
+      PyErr_SetString(PyExc_TypeError, "Lookup.remember: refs are weak references");
+      return nullptr;
+    }
+  }
+  PyObject* first = referent(PyTuple_GET_ITEM(refs, 0));
+  if (first == nullptr) Py_RETURN_NONE;
+  Py_DECREF(first);
+  const Packs fresh = {Py_NewRef(refs), Py_NewRef(packs), Py_NewRef(watch), generation};
+  auto [place, added] = lookup->known->try_emplace(first, fresh);
+  if (!added) {
+    Packs old = place->second;
+    place->second = fresh;
+    release(old);
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* lookup_forget(PyObject* self, PyObject* key) {
+  auto* known = reinterpret_cast<Lookup*>(self)->known;
+  auto found = known->find(reinterpret_cast<PyObject*>(PyLong_AsVoidPtr(key)));
+  if (PyErr_Occurred()) return nullptr;
+  if (found != known->end()) {
+    Packs old = found->second;
+    known->erase(found);
+    release(old);
+  }
+  Py_RETURN_NONE;
+}
+
+bool read(PyObject* tuple, std::vector<Py_ssize_t>& into) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    into.push_back(PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, i)));
+  }
+  return !PyErr_Occurred();
+}
+
+PyObject* lookup_new(PyTypeObject* type, PyObject* args, PyObject*) {
+  PyObject *weights, *kept, *function, *slow;
+  if (!PyArg_ParseTuple(args, "O!O!OO", &PyTuple_Type, &weights, &PyTuple_Type, &kept, &function, &slow)) return nullptr;
+  std::vector<Py_ssize_t> looked, passed;
+  if (!read(weights, looked) || !read(kept, passed)) return nullptr;
+  const Py_ssize_t count = looked.size() + passed.size();
+  bool inside = !looked.empty();
+  for (const auto* places : {&looked, &passed}) {
+    for (Py_ssize_t place : *places) inside = inside && place >= 0 && place < count;
+  }
+  if (!inside) {
+    PyErr_SetString(PyExc_ValueError, "Lookup: weights and kept are the places of all arguments");
+    return nullptr;
+  }
+  auto* lookup = reinterpret_cast<Lookup*>(type->tp_alloc(type, 0));
+  if (lookup == nullptr) return nullptr;
+  lookup->function = Py_NewRef(function);
+  lookup->slow = Py_NewRef(slow);
+  lookup->weights = new std::vector<Py_ssize_t>(std::move(looked));
+  lookup->kept = new std::vector<Py_ssize_t>(std::move(passed));
+  lookup->known = new std::unordered_map<PyObject*, Packs>();
+  lookup->call = lookup_call;
+  return reinterpret_cast<PyObject*>(lookup);
+}
+
+void lookup_dealloc(PyObject* self) {
+  auto* lookup = reinterpret_cast<Lookup*>(self);
+  if (lookup->weakrefs != nullptr) PyObject_ClearWeakRefs(self);
+  for (auto& [first, packs] : *lookup->known) release(packs);
+  delete lookup->known;
+  delete lookup->weights;
+  delete lookup->kept;
+  Py_DECREF(lookup->function);
+  Py_DECREF(lookup->slow);
+  Py_TYPE(self)->tp_free(self);
+}
+
+PyObject* turn(PyObject*, PyObject*) {
+  ++generation;
+  Py_RETURN_NONE;
 }
 
 PyObject* let_go(PyObject*, PyObject* args) {
@@ -122,9 +259,14 @@ PyObject* let_go(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-PyTypeObject watch_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+PyTypeObject lookup_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+PyMethodDef lookup_methods[] = {
+    {"remember", lookup_remember, METH_VARARGS, nullptr},
+    {"forget", lookup_forget, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
 PyMethodDef functions[] = {
-    {"same", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(same)), METH_FASTCALL, nullptr},
+    {"turn", turn, METH_NOARGS, nullptr},
     {"let_go", let_go, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -140,8 +282,19 @@ extern "C" PyMODINIT_FUNC PyInit_aoquant_watch() {
   watch_type.tp_call = PyVectorcall_Call;
   watch_type.tp_new = watch_new;
   watch_type.tp_dealloc = watch_dealloc;
-  if (PyType_Ready(&watch_type) < 0) return nullptr;
+  lookup_type.tp_name = "aoquant_watch.Lookup";
+  lookup_type.tp_basicsize = sizeof(Lookup);
+  lookup_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+  lookup_type.tp_vectorcall_offset = offsetof(Lookup, call);
+  lookup_type.tp_weaklistoffset = offsetof(Lookup, weakrefs);
+  lookup_type.tp_call = PyVectorcall_Call;
+  lookup_type.tp_new = lookup_new;
+  lookup_type.tp_dealloc = lookup_dealloc;
+  lookup_type.tp_methods = lookup_methods;
+  if (PyType_Ready(&watch_type) < 0 || PyType_Ready(&lookup_type) < 0) return nullptr;
   PyObject* m = PyModule_Create(&module);
-  if (m != nullptr) PyModule_AddObjectRef(m, "Watch", reinterpret_cast<PyObject*>(&watch_type));
+  if (m == nullptr) return nullptr;
+  PyModule_AddObjectRef(m, "Watch", reinterpret_cast<PyObject*>(&watch_type));
+  PyModule_AddObjectRef(m, "Lookup", reinterpret_cast<PyObject*>(&lookup_type));
   return m;
 }

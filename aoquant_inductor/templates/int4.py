@@ -32,12 +32,7 @@ def keywords(p: Problem, config: Config) -> dict[str, Any]:
 
 def _gemv_fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
-    return p.layout == "cuda_bf16" and m is not None and m <= 8
-
-
-def _in_chunk(p: Problem) -> bool:
-    """Whether a chunk of K has several groups."""
-    return p.groups > 1 and p.group_size < 128
+    return p.layout == "cuda_bf16" and m is not None and m <= 8 and (p.groups == 1 or p.group_size % 128 == 0)
 
 
 def _gemv_adapt(p: Problem, config: Config) -> Config | None:
@@ -49,7 +44,7 @@ GEMV_WIDE = Config(8, 16, 256, 2, 1)
 GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
 GEMV_SHORT = Config(8, 16, 128, 1, 1)
 GEMV = Kernel(
-    "int4_gemv", lambda p, card: _gemv_fits(p, card) and not _in_chunk(p),
+    "int4_gemv", _gemv_fits,
     (
         GEMV_WIDE, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL), Config(8, 32, 256, 2, 1, split_k=8 * FILL),
         Config(8, 32, 256, 1, 1), Config(8, 16, 512, 1, 1, split_k=16 * FILL), GEMV_SHORT,
@@ -59,10 +54,6 @@ GEMV = Kernel(
         Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4),
         Default(GEMV_SHORT, upto=4),
     ),
-)
-# a search's choice alone: not measured against int4_linear yet
-GEMV_GROUPS = replace(
-    GEMV, fits=lambda p, card: _gemv_fits(p, card) and _in_chunk(p), defaults=(Default(GEMV_WIDE, upto=0),)
 )
 
 
@@ -155,11 +146,11 @@ DYNAMIC_GROUPS = _dynamic(
     ),
     "W4A8 groups",
 )
-# Many rows of x by the tensor memory accelerator, as many programs as there is room for: 1 to 3 % faster in a graph on an H200. With
-# groups it is a fifth slower there at M = 4096, although by itself 5 % faster.
+# Many rows of x by the tensor memory accelerator, as many programs as there is room for: 1 to 3 % faster in a graph on an H200.
+# With groups it is a fifth slower there at M = 4096, although by itself 5 % faster.
 P_ROW = Config(128, 128, 128, 8, 3, programs=2)
 PERSISTENT_ROW = Kernel(
     "int4_dynamic", lambda p, card: p.layout == "cuda_int8" and p.groups == 1 and p.k % 16 == 0 and card.arch >= 90,
     (P_ROW, replace(P_ROW, group_m=16)), _dynamic_keywords, _dynamic_adapt, label="W4A8 persistent",
 )
-KERNELS = (GEMV, GEMV_GROUPS, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS, PERSISTENT_ROW)
+KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS, PERSISTENT_ROW)
