@@ -1,4 +1,4 @@
-"""csrc/watch.cpp, built in the background by the machine's own compiler at the first compile and cached beside Inductor's code.
+"""csrc/module.cpp, built in the background by the machine's own compiler at the first compile, cached beside Inductor's code.
 
 Until it is there, and where there is no compiler or no Python headers, the check in watch.py runs in Python instead: the
 same answer, 20 times slower. `state()` is in the report. Letting originals go has no other way: `module()` waits for it.
@@ -28,7 +28,8 @@ from filelock import FileLock
 from aoquant_inductor._inductor import cache_folder
 
 log = logging.getLogger("aoquant_inductor")
-SOURCE = Path(__file__).parent / "csrc" / "watch.cpp"
+FOLDER = Path(__file__).parent / "csrc"
+SOURCE = FOLDER / "module.cpp"
 NAME = "aoquant_watch"
 
 _built: list[Any] = []  # the extension module, once it is there
@@ -63,7 +64,8 @@ def module(ready: Callable[[], None]) -> Any:
 
 
 def _target() -> Path:
-    facts = (SOURCE.read_text(), torch.__version__, sys.version, str(torch._C._GLIBCXX_USE_CXX11_ABI))
+    sources = (file.read_text() for file in sorted(FOLDER.iterdir()))
+    facts = (*sources, torch.__version__, sys.version, str(torch._C._GLIBCXX_USE_CXX11_ABI))
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     return cache_folder() / f"{NAME}-{key}.so"
 

@@ -173,7 +173,7 @@ class LookedUp:
         self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable
 
     def compiled(self) -> Compiled:
-        """What a call runs: in C++ (csrc/watch.cpp), where that is built by now, all but the first call with its weights."""
+        """What a call runs: in C++ (csrc/lookup.h), where that is built by now, all but the first call with its weights."""
         kind = native.lookup_type()
         if kind is None:
             return partial(self.call, None)

@@ -1,9 +1,9 @@
 """Kernel configs against each other on this GPU, without a graph around them: what the defaults of templates/ are chosen by.
 
 Every config of every kernel that fits is rendered by Inductor and compiled in parallel processes, checked for equality with
-the reference on integer-valued operands, and timed inside a CUDA graph over copies of the weight that hold more than the L2
-cache, after a while under that load: some kernels meet the card's power limit only then. `--space FILE` is Python that defines
-SPACE, kernel name -> configs, to try instead of the kernels' own.
+the reference on integer-valued operands, and timed inside a CUDA graph over copies of the weight, of its scales and of the
+result that hold more than the L2 cache, after a while under that load: some kernels meet the card's power limit only then.
+`--space FILE` is Python that defines SPACE, kernel name -> configs, to try instead of the kernels' own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from aoquant_inductor.templates import KERNELS, QUANTIZING, Config
 from benchmarks import measure, render, shapes
 
 COLD_BYTES = 320e6
+SCALES = (1e-3, 2e-3)
 Space = Mapping[str, Sequence[Config]]
 
 
@@ -117,8 +118,14 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
     copies = [w, *(w.clone() for _ in range(int(COLD_BYTES / w.nbytes) + 1))]
     dense = [torch.randn(problem.n, problem.k, dtype=torch.bfloat16, device="cuda") for _ in range(max(2, len(copies) // 2))]
     x = torch.randn(problem.m, problem.k, dtype=torch.bfloat16, device="cuda")
-    base = _time([partial(torch.nn.functional.linear, x, d) for d in dense], load)
+    held: list[torch.Tensor] = []  # so that no two results share memory
+    base = _time([lambda d=d: held.append(torch.nn.functional.linear(x, d)) for d in dense], load)
+    held.clear()
     del dense
+    y = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device="cuda")
+    scale = tensors["scale"]
+    # by id of what is passed: what the next layer of a model has of its own
+    layers = [{id(w): w_copy, id(scale): scale.clone().uniform_(*SCALES), id(y): torch.empty_like(y)} for w_copy in copies]
     yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
     for kernel, config, future in built:
         words = " persistent" if config.programs else ""
@@ -131,15 +138,14 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
                 continue
             for name, values in exact.items():
                 tensors[name].copy_(values)
-            y = torch.full((problem.m, problem.n), float("nan"), dtype=torch.bfloat16, device="cuda")
+            y.fill_(float("nan"))
             args, grid = render.call(render.Rendered(op, tensors, b.code, b.names), b.name, y)
             launch = partial(render.load_file(b.path, b.name)[grid], **b.options)
             wrong = 0
             for _ in range(3):  # on the same counters
                 compiled = launch(*args)
                 wrong += int((y != expected).sum())
-            at = next(i for i, a in enumerate(args) if a is w)
-            rotated = [[*args[:at], c, *args[at + 1 :]] for c in copies]
+            rotated = [[layer.get(id(a), a) for a in args] for layer in layers]
             _randomize(tensors)
             us = _time([partial(launch, *a) for a in rotated], load)
             # int32 to bf16 by way of fp32 rounds twice
@@ -153,12 +159,11 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
 
 def _randomize(tensors: render.Tensors) -> None:
     """Values as a model has them: a card at its power limit is faster by a tenth on small integers and scales of 1."""
-    x, scale = tensors["x"], tensors["scale"]
+    x = tensors["x"]
     if x.is_floating_point():
         x.normal_()
     else:
         x.copy_((32 * torch.randn(x.shape, device=x.device)).round().clamp(-127, 127))
-    scale.uniform_(1e-3, 2e-3)
 
 
 def _time(calls: Sequence[Any], load: float, reps: int = 7) -> float:

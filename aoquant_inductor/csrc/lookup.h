@@ -1,109 +1,16 @@
-// Watch(refs, versions, pointers)() -> bool: whether any weight differs from the state it is compared with.
-//
-// refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
-// counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
-//
-// turn(): what was remembered below counts no more; said when a weight's stamp changes anywhere.
-//
 // Lookup(weights, kept, function, slow)(*args): function(*packs, *(args[i] for i in kept)), with the packs that were remembered
 // for the weights args[i], i in weights, if all of them are as they were; slow(this, *args) otherwise, which is expected to
 // call remember(refs, packs, watch): weak references to those weights, a tuple of tensors, and a Watch of them, or None
 // where nobody asks whether they changed. forget(id of the first weight) lets go of the packs.
-//
-// let_go(tensor, message): frees the tensor's memory; whatever reads or writes it later raises RuntimeError(message). Sizes,
-// strides and the version stay: Dynamo's guards pass.
-#include <torch/csrc/autograd/python_variable.h>
+#pragma once
 
 #include <unordered_map>
-#include <vector>
 
-namespace {
+#include "watch.h"
 
-struct State {
-  int64_t version;
-  uintptr_t pointer;
-};
+namespace aoquant {
 
-struct Watch {
-  PyObject_HEAD
-  PyObject* refs;
-  std::vector<State>* states;
-  vectorcallfunc call;
-};
-
-PyObject* referent(PyObject* ref) {  // a new reference, or null when it is dead
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* object = nullptr;
-  return PyWeakref_GetRef(ref, &object) == 1 ? object : nullptr;
-#else
-  PyObject* object = PyWeakref_GetObject(ref);
-  if (object == nullptr || object == Py_None) return nullptr;
-  return Py_NewRef(object);
-#endif
-}
-
-int64_t generation = 0;
-
-bool differs(PyObject* object, const State& state) {
-  const at::Tensor& tensor = THPVariable_Unpack(object);
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  const int64_t version = impl->is_inference() ? -1 : (int64_t)impl->version_counter().current_version();
-  if (version != state.version) return true;
-  if (!impl->has_storage()) return true;
-  // no checks: the memory of a weight that was let go is null, and asking for it the usual way throws
-  const auto* base = static_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
-  return reinterpret_cast<uintptr_t>(base ? base + impl->storage_offset() * impl->itemsize() : nullptr) != state.pointer;
-}
-
-bool stale(const Watch* watch) {
-  for (size_t i = 0; i < watch->states->size(); ++i) {
-    PyObject* object = referent(PyTuple_GET_ITEM(watch->refs, (Py_ssize_t)i));
-    if (object == nullptr) return true;
-    const bool changed = !THPVariable_Check(object) || differs(object, (*watch->states)[i]);
-    Py_DECREF(object);
-    if (changed) return true;
-  }
-  return false;
-}
-
-PyObject* watch_call(PyObject* self, PyObject* const*, size_t, PyObject*) {
-  return PyBool_FromLong(stale(reinterpret_cast<Watch*>(self)));
-}
-
-PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
-  PyObject *refs, *versions, *pointers;
-  if (!PyArg_ParseTuple(args, "O!O!O!", &PyTuple_Type, &refs, &PyList_Type, &versions, &PyList_Type, &pointers)) return nullptr;
-  const Py_ssize_t n = PyTuple_GET_SIZE(refs);
-  if (PyList_GET_SIZE(versions) != n || PyList_GET_SIZE(pointers) != n) {
-    PyErr_SetString(PyExc_ValueError, "Watch: refs, versions and pointers differ in length");
-    return nullptr;
-  }
-  std::vector<State> states(n);
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    if (!PyWeakref_Check(PyTuple_GET_ITEM(refs, i))) {
-      PyErr_SetString(PyExc_TypeError, "Watch: refs are weak references");
-      return nullptr;
-    }
-    states[i].version = PyLong_AsLongLong(PyList_GET_ITEM(versions, i));
-    states[i].pointer = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(pointers, i));
-  }
-  if (PyErr_Occurred()) return nullptr;
-  auto* watch = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));
-  if (watch == nullptr) return nullptr;
-  watch->refs = Py_NewRef(refs);
-  watch->states = new std::vector<State>(std::move(states));
-  watch->call = watch_call;
-  return reinterpret_cast<PyObject*>(watch);
-}
-
-void watch_dealloc(PyObject* self) {
-  auto* watch = reinterpret_cast<Watch*>(self);
-  delete watch->states;
-  Py_XDECREF(watch->refs);
-  Py_TYPE(self)->tp_free(self);
-}
-
-PyTypeObject watch_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+int64_t generation = 0;  // of what any Lookup remembers
 
 struct Packs {  // of one set of weights; everything is owned
   PyObject *refs, *packs, *watch;
@@ -239,49 +146,14 @@ void lookup_dealloc(PyObject* self) {
   Py_DECREF(lookup->slow);
   Py_TYPE(self)->tp_free(self);
 }
-
-PyObject* turn(PyObject*, PyObject*) {
-  ++generation;
-  Py_RETURN_NONE;
-}
-
-PyObject* let_go(PyObject*, PyObject* args) {
-  PyObject* object;
-  const char* message;
-  if (!PyArg_ParseTuple(args, "Os", &object, &message)) return nullptr;
-  if (!THPVariable_Check(object) || !THPVariable_Unpack(object).has_storage()) {
-    PyErr_SetString(PyExc_TypeError, "let_go: a tensor with memory is wanted");
-    return nullptr;
-  }
-  c10::StorageImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  impl->set_data_ptr_noswap(c10::DataPtr(nullptr, impl->device()));
-  impl->release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
-  Py_RETURN_NONE;
-}
-
 PyTypeObject lookup_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 PyMethodDef lookup_methods[] = {
     {"remember", lookup_remember, METH_VARARGS, nullptr},
     {"forget", lookup_forget, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
-PyMethodDef functions[] = {
-    {"turn", turn, METH_NOARGS, nullptr},
-    {"let_go", let_go, METH_VARARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "aoquant_watch", nullptr, -1, functions};
 
-}  // namespace
-
-extern "C" PyMODINIT_FUNC PyInit_aoquant_watch() {
-  watch_type.tp_name = "aoquant_watch.Watch";
-  watch_type.tp_basicsize = sizeof(Watch);
-  watch_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
-  watch_type.tp_vectorcall_offset = offsetof(Watch, call);
-  watch_type.tp_call = PyVectorcall_Call;
-  watch_type.tp_new = watch_new;
-  watch_type.tp_dealloc = watch_dealloc;
+inline bool ready_lookup() {
   lookup_type.tp_name = "aoquant_watch.Lookup";
   lookup_type.tp_basicsize = sizeof(Lookup);
   lookup_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
@@ -291,10 +163,7 @@ extern "C" PyMODINIT_FUNC PyInit_aoquant_watch() {
   lookup_type.tp_new = lookup_new;
   lookup_type.tp_dealloc = lookup_dealloc;
   lookup_type.tp_methods = lookup_methods;
-  if (PyType_Ready(&watch_type) < 0 || PyType_Ready(&lookup_type) < 0) return nullptr;
-  PyObject* m = PyModule_Create(&module);
-  if (m == nullptr) return nullptr;
-  PyModule_AddObjectRef(m, "Watch", reinterpret_cast<PyObject*>(&watch_type));
-  PyModule_AddObjectRef(m, "Lookup", reinterpret_cast<PyObject*>(&lookup_type));
-  return m;
+  return PyType_Ready(&lookup_type) == 0;
 }
+
+}  // namespace aoquant
