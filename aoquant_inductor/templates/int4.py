@@ -57,6 +57,22 @@ GEMV = Kernel(
 )
 
 
+def _fma_adapt(p: Problem, config: Config) -> Config | None:
+    _, k_pad = packing_cuda.padded_shape(p.n, p.k)
+    crowded = p.zero is not None and p.groups > 1 and p.group_size < 128  # scale and zero of every word
+    if (p.n % 16 and config.block_n % 16) or k_pad < config.block_k or (crowded and config.block_n > 4):
+        return None
+    return config
+
+
+# Written and right, not timed on a card yet: a search's choice, of no default.
+FMA_CONFIGS = tuple(Config(1, *tile, 1) for tile in ((8, 4096, 4), (8, 2048, 2), (4, 4096, 4), (4, 2048, 2), (8, 1024, 1)))
+FMA = Kernel(
+    "int4_fma", lambda p, card: p.layout == "cuda_bf16" and ir.static(p.m) == 1, FMA_CONFIGS, keywords, _fma_adapt,
+    (Default(FMA_CONFIGS[0], upto=0),),
+)
+
+
 def _one_sum(p: Problem) -> bool:
     """Whether all groups are summed up in one accumulator: there is one, or their scales cannot wait for the sum over a group,
     which is smaller than a dot, or has a zero off the grid.
@@ -153,4 +169,4 @@ PERSISTENT_ROW = Kernel(
     "int4_dynamic", lambda p, card: p.layout == "cuda_int8" and p.groups == 1 and p.k % 16 == 0 and card.arch >= 90,
     (P_ROW, replace(P_ROW, group_m=16)), _dynamic_keywords, _dynamic_adapt, label="W4A8 persistent",
 )
-KERNELS = (GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS, PERSISTENT_ROW)
+KERNELS = (GEMV, FMA, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS, PERSISTENT_ROW)
