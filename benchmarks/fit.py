@@ -74,8 +74,6 @@ def rows(folder: Path) -> Iterator[Row]:
                 label = LABELS.get((line["kernel"], line["scheme"]))
                 if label is None:
                     continue
-                if " persistent" in line["config"] and "persistent" not in label:
-                    label += " persistent"
                 text = re.sub(r" persistent| \{.*", "", line["config"]).strip()
                 bm, bn, bk = map(int, re.match(r"(\d+)x(\d+)x(\d+)", text).groups())  # type: ignore[union-attr]
                 found = re.search(r" split (\d+)", text)

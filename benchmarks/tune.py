@@ -128,8 +128,7 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
     layers = [{id(w): w_copy, id(scale): scale.clone().uniform_(*SCALES), id(y): torch.empty_like(y)} for w_copy in copies]
     yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
     for kernel, config, future in built:
-        words = " persistent" if config.programs else ""
-        text = f"{config}{words} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
+        text = f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
         row = {"kernel": kernel, "config": text}
         try:
             b = future.result()

@@ -58,7 +58,7 @@ def distinct(kernel: Kernel) -> list[Config]:
 FAST = (
     ("int8dq", 256, linear.INT8_DYNAMIC), ("int8dq", 256, linear.PERSISTENT), ("int8dq-asymact", 256, linear.PERSISTENT), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL),
     ("int4wo-128", 1, int4.GEMV), ("int4wo-128", 1, int4.FMA), ("int4wo-32", 1, int4.FMA), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
-    ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w", 256, int4.PERSISTENT_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
+    ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
 )
 CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried]
 CONFIGS += [("int8wo-128", 64, linear.INT8_WEIGHT_ONLY, config) for config in (linear.W16, linear.W64_WIDE, linear.W128)]
@@ -135,8 +135,9 @@ WORDS = [
     ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
 ]
 INT4 += [
-    ("int8dq-int4w", 70, 70, 400, "(int4.PERSISTENT_ROW, Config(32, 64, 128, 4, 3, programs=1))"),
-    ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.PERSISTENT_ROW, Config(32, 64, 256, 4, 3, programs=1))"),
+    ("int8dq-int4w", 70, 70, 400, "(int4.DYNAMIC_ROW, Config(32, 64, 128, 4, 3, extra=int4.TMA))"),
+    ("int8dq-int4w-128-asym-asymact", 70, 70, 400, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, extra=int4.TMA))"),
+    ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.DYNAMIC_ROW, Config(32, 64, 256, 4, 3, extra=int4.TMA))"),
 ]
 INT4 += [
     ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),

@@ -96,7 +96,7 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         config = self.adapt(p, wanted)
-        if wanted.carried and not card.may_carry:
+        if (wanted.carried and not card.may_carry) or (("TMA", True) in wanted.extra and card.arch < 90):
             return None
         while config is not None and _shared(p, config) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
@@ -154,8 +154,7 @@ class Kernel:
         if config.split_k > 1:
             scratch = 4 * config.split_k * config.tiles(most or 0, p.n) * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
-        persistent = " persistent" if config.programs and self.template != "persistent" else ""
-        label = f"Triton {self.template} {kind} {config}{persistent}"
+        label = f"Triton {self.template} {kind} {config}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
 
 
