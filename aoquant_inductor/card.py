@@ -33,6 +33,11 @@ class Card:
         """
         return self.arch == 0 or (self.ptxas >= SAFE_PTXAS and machine.readable())
 
+    @property
+    def has_tma(self) -> bool:
+        """Whether it has a tensor memory accelerator."""
+        return self.arch >= 90
+
     @classmethod
     def of(cls, device: torch.device) -> Card:
         if device.type == "cuda":

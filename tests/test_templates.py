@@ -96,7 +96,7 @@ def test_the_default_is_about_the_fastest_of_everything_measured(ptxas: tuple[in
         key = (found[0].label, costs.key_of(found[1]).replace("persistent ", ""), found[1].split_k)
         if key in times:
             ratios[of] = times[key] / min(times.values())
-    assert len(ratios) >= 200
+    assert len(ratios) > 200
     assert sum(ratios.values()) / len(ratios) < 1.02
     assert max(ratios.values()) < 1.25, max(ratios, key=ratios.__getitem__)
 

@@ -117,7 +117,7 @@ CASES = [
     ("int4wo-row-asym", "float16", 2, 33, 65), ("int8dq-int4w-32-asym-asymact", "float32", 5, 33, 129),
     ("int8dq-int4w-asym-asymact", "float16", 3, 33, 65),
 ]
-FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo", "float16", 2, 35, 704), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
+FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo", "bfloat16", 1, 70, 1024), ("int8wo-128", "bfloat16", 1, 33, 512), ("int8wo", "float16", 2, 35, 704), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
 INT4 = [
     ("int4wo-128", 3, 40, 400, None), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
     ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-128-asym", 20, 70, 400, None),
@@ -135,9 +135,9 @@ WORDS = [
     ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
 ]
 INT4 += [
-    ("int8dq-int4w", 70, 70, 400, "(int4.DYNAMIC_ROW, Config(32, 64, 128, 4, 3, extra=int4.TMA))"),
-    ("int8dq-int4w-128-asym-asymact", 70, 70, 400, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, extra=int4.TMA))"),
-    ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.DYNAMIC_ROW, Config(32, 64, 256, 4, 3, extra=int4.TMA))"),
+    ("int8dq-int4w", 70, 70, 400, "(int4.DYNAMIC_ROW, Config(32, 64, 128, 4, 3, tma=True))"),
+    ("int8dq-int4w-128-asym-asymact", 70, 70, 400, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, tma=True))"),
+    ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.DYNAMIC_ROW, Config(32, 64, 256, 4, 3, tma=True))"),
 ]
 INT4 += [
     ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),

@@ -20,7 +20,7 @@ FILE = Path(__file__).parent / "costs.csv"
 COLUMNS = ("kernel", "config", "start", "step", "full")
 BF16 = ("bf16", "")
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
-SLICED_AREA = 4096  # elements of a tile that is added up by all of its programs, each its rows, not by the last to come
+SLICED_AREA = 4096  # elements of a tile, from which on each of its programs adds up some rows, not the last to come all
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
 MOST_WAVES = 4  # of programs that share their tiles
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
@@ -54,24 +54,25 @@ def costs() -> dict[tuple[str, str], Cost]:
         return {(row[0], row[1]): Cost(*map(float, row[2:])) for row in list(csv.reader(file))[1:]}
 
 
-def sliced(split: int, area: int) -> bool:
-    return split > 1 and area >= SLICED_AREA
+def sliced(area: int) -> bool:
+    """Whether a tile that is split is added up by all of its programs."""
+    return area >= SLICED_AREA
 
 
 def splits_fit(split: int, tiles: int, area: int, sms: int) -> bool:
     """Whether it is worth a thought: programs that add up a tile together have to run at the same time."""
-    waves = (1 if area >= FULL_AREA else 2) if sliced(split, area) else MOST_WAVES
+    waves = (1 if area >= FULL_AREA else 2) if sliced(area) else MOST_WAVES
     return split == 1 or split * tiles <= waves * sms
 
 
 def split_of(label: str, area: int) -> tuple[str, str]:
     """Where the splits of a kernel are, for tiles of `area` elements."""
-    return f"{label} {'sliced' if area >= SLICED_AREA else 'split'}", ""
+    return f"{label} {'sliced' if sliced(area) else 'split'}", ""
 
 
 def shared(split: int, tiles: int, area: int) -> tuple[int, int]:
     """How many parts of a tile a program adds up, and how many programs do so at once."""
-    return (1, split * tiles) if sliced(split, area) else (split, tiles)
+    return (1, split * tiles) if sliced(area) else (split, tiles)
 
 
 def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:

@@ -26,7 +26,7 @@ def keywords(p: Problem, config: Config) -> dict[str, Any]:
         "N": p.n, "N_PAD": n_pad, "K_PAD": k_pad, "EVEN_K": p.k == k_pad, "WARPS": config.num_warps,
         "WIDE_SCALE": p.scale.get_dtype() == torch.float32,
         # a sum of all groups that stays in the accumulator, although not `carried`: a dot waited for, twice in a chunk
-        "SCALED": False, "TMA": False, "PARTS": 2 if one_sum and config.block_k == 128 and not config.carried else 1,
+        "SCALED": False, "PARTS": 2 if one_sum and config.block_k == 128 and not config.carried else 1,
     }
 
 
@@ -134,13 +134,12 @@ def _crowded(p: Problem) -> bool:
 
 # x by the tensor memory accelerator, where a group is a dot: fewer registers, 3 to 6 % faster at many rows on an H200. Programs
 # that stay for one tile after the other need 25 registers more, which at 64 columns cost a program of three.
-TMA = (("TMA", True),)
-T_ROW = Config(128, 128, 128, 8, 3, extra=TMA)
-T_GROUPS = Config(128, 64, 128, 4, 3, extra=TMA)
+T_ROW = Config(128, 128, 128, 8, 3, tma=True)
+T_GROUPS = Config(128, 64, 128, 4, 3, tma=True)
 
 
 def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
-    if config.extra == TMA and (p.k % 16 or (p.groups > 1 and p.group_size < 128)):
+    if config.tma and (p.k % 16 or (p.groups > 1 and p.group_size < 128)):
         return None
     return replace(config, num_warps=8) if _crowded(p) and config.block_m * config.block_n >= 64 * 128 else config
 

@@ -27,7 +27,8 @@ class Config:
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
     each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
     although a converted weight feeds the tensor core from registers, which a ptxas before 13.3 miscompiles. programs: so
-    many for a multiprocessor, each with one tile after the other; 0 is one for every tile. extra: further constants.
+    many for a multiprocessor, each with one tile after the other; 0 is one for every tile. tma: x comes by the tensor memory
+    accelerator. extra: further constants.
     """
 
     block_m: int
@@ -40,10 +41,12 @@ class Config:
     split_k: int = 1
     carried: bool = False
     programs: int = 0
+    tma: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        words = ["swapped"] * self.swap + ["carried"] * self.carried + [name.lower() for name, on in self.extra if on]
+        words = ["swapped"] * self.swap + ["carried"] * self.carried + ["tma"] * self.tma
+        words += [name.lower() for name, on in self.extra if on]
         words += [f"split {self.split_k}"] * (self.split_k > 1)
         return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *words])
 
@@ -51,11 +54,11 @@ class Config:
         return -(-m // self.block_m) * -(-n // self.block_n)
 
     def keywords(self) -> dict[str, Any]:
-        sliced = costs.sliced(self.split_k, self.block_m * self.block_n)
+        sliced = self.split_k > 1 and costs.sliced(self.block_m * self.block_n)
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
             "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried, "PROGRAMS": self.programs,
-            "SLICE_M": self.block_m // self.split_k if sliced else self.block_m,
+            "TMA": self.tma, "SLICE_M": self.block_m // self.split_k if sliced else self.block_m,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 
@@ -96,7 +99,7 @@ class Kernel:
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         config = self.adapt(p, wanted)
-        if (wanted.carried and not card.may_carry) or (("TMA", True) in wanted.extra and card.arch < 90):
+        if (wanted.carried and not card.may_carry) or (wanted.tma and not card.has_tma):
             return None
         while config is not None and _shared(p, config) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None

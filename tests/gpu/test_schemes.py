@@ -43,9 +43,10 @@ def check(scheme: str, dtype: torch.dtype, mode: str | None, count: int = len(SI
             assert sqnr_db(y, want) >= LEAST_DB[dtype], (m, linear)
     report = aoquant_inductor.report(function)
     assert_counts(report, len(model.linears))
-    searched = (mode or "").startswith("max-autotune")  # may find the reference the fastest, for the least of them
-    ours = ["Triton" in str(layer.kernel) for layer in report.layers]
-    assert all(ours) or (searched and sum(ours) >= len(ours) - 1 and "portable" in str(report)), str(report)
+    for layer, linear in zip(report.layers, model.linears, strict=True):
+        # with one weight a row there is nothing to be faster at: a search may take the reference, and the report says so
+        free = (mode or "").startswith("max-autotune") and linear.in_features == 1
+        assert "Triton" in str(layer.kernel) or (free and "portable" in str(layer.kernel)), str(report)
 
 
 @pytest.mark.parametrize("mode", MODES)

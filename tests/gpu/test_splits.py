@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from util import BF16, assert_counts, compiled, from_pack, linear64, sqnr_db
 
 import aoquant_inductor
 from aoquant_inductor.scheme import SCHEMES
+from aoquant_inductor.templates import costs
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +37,8 @@ def test_two_streams_and_a_busy_card_get_the_same_sums(name: str) -> None:
         torch.cuda.synchronize()
     report = aoquant_inductor.report(function)
     assert_counts(report, 1)
-    assert "split" in str(report.layers[0].kernel), str(report)
+    tiles = re.findall(r"(\d+)x(\d+)x\d+(?: \w+)* split", str(report.layers[0].kernel))
+    assert tiles and all(costs.sliced(int(rows) * int(columns)) for rows, columns in tiles), str(report)
     for x, y in zip(xs, alone, strict=True):
         assert sqnr_db(y, linear64(x, model[0], SCHEMES[name], from_pack(model[0].weight, SCHEMES[name]))) >= 45
     assert all(torch.equal(y, want) for ys in got for y, want in zip(ys, alone, strict=True))
