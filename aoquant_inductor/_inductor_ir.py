@@ -82,6 +82,13 @@ def realized_dense(x: IR) -> bool:
     return bool(contiguous(x))
 
 
+def by_tma(x: IR) -> bool:
+    """Whether the tensor memory accelerator can read what `realize` makes of x[M, K]: 16 bytes begin it, and every row of it."""
+    (unaligned,) = private("torch._inductor.ir", "is_unaligned")
+    bytes_per_row = static(x.get_size()[-1] * x.get_dtype().itemsize)
+    return bytes_per_row is not None and bytes_per_row % 16 == 0 and not unaligned(x)
+
+
 def static(x: Expr) -> int | None:
     """The value of a size if it is known at compile time."""
     return int(x) if isinstance(x, int | sympy.Integer) else None

@@ -90,6 +90,13 @@ def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str
     assert sorted(sizes) == ["bfloat16", "bfloat16", "int8"], sizes
 
 
+@pytest.mark.parametrize(("start", "k", "by_tma"), [(0, 1024, True), (8, 1024, True), (1, 1024, False), (0, 1020, False)])
+def test_x_comes_by_tma_only_where_its_rows_begin_with_16_bytes(start: int, k: int, by_tma: bool) -> None:
+    config = (int4.SUMS, Config(64, 64, 128, 4, 3, tma=True))
+    rendered = offline.render("int4wo-128", 200, 128, k, torch.bfloat16, config=config, start=start)
+    assert ("make_tensor_descriptor" in rendered.code) == by_tma
+
+
 @pytest.mark.parametrize("m", [2, 512])
 @pytest.mark.parametrize("k", [4096, 14336])
 def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
@@ -141,9 +148,15 @@ INT4 += [
 ]
 INT4 += [
     ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
-    ("int4wo-32-asym", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1, split_k=2))"), ("int4wo-row-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
-    ("int4wo-64-asymfloat", 1, 48, 2048, "(int4.FMA, Config(1, 4, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
+    ("int4wo-32", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1, split_k=2))"), ("int4wo-row-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
+    ("int4wo-64", 1, 48, 2048, "(int4.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
     ("int4wo-row", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
+    ("int4wo-128", 40, 70, 1104, "(int4.SUMS, Config(32, 64, 128, 4, 3, tma=True))"),
+    ("int4wo-row-asym", 40, 70, 400, "(int4.ONE_SUM, Config(32, 64, 128, 4, 3, split_k=2, tma=True))"),
+]
+WORDS += [
+    ("int8wo", "bfloat16", 70, 70, 1104, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 128, 4, 3, swap=True, split_k=2, tma=True))"),
+    ("int8wo-128", "bfloat16", 40, 70, 1024, "(linear.INT8_WEIGHT_ONLY, Config(32, 64, 128, 4, 3, swap=True, tma=True))"),
 ]
 PERSISTENT = "(linear.PERSISTENT, Config(32, 32, 64, 4, 3, programs=1))"
 WORDS += [("int8dq", "bfloat16", 200, 310, 208, PERSISTENT), ("int8dq-asymact", "float16", 5, 33, 1040, PERSISTENT)]

@@ -28,7 +28,7 @@ class Config:
     each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
     although a converted weight feeds the tensor core from registers, which a ptxas before 13.3 miscompiles. programs: so
     many for a multiprocessor, each with one tile after the other; 0 is one for every tile. tma: x comes by the tensor memory
-    accelerator. extra: further constants.
+    accelerator, where it can. extra: further constants.
     """
 
     block_m: int
@@ -98,9 +98,11 @@ class Kernel:
 
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
-        config = self.adapt(p, wanted)
-        if (wanted.carried and not card.may_carry) or (wanted.tma and not card.has_tma):
+        if wanted.carried and not card.may_carry:
             return None
+        if wanted.tma and not (card.has_tma and ir.by_tma(p.x)):
+            wanted = replace(wanted, tma=False)
+        config = self.adapt(p, wanted)
         while config is not None and _shared(p, config) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
         if config is None:

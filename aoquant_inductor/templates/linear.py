@@ -89,7 +89,7 @@ W128_HELD = replace(W128, extra=HELD)
 W256 = Config(256, 64, 64, 4, 3, swap=True, extra=HELD)
 W_LARGE = Config(128, 128, 64, 4, 2, swap=True, extra=(("DOTS", 2),))
 # .9x to 1.1x cuBLAS's bf16 from M = 256 on, where the best of the others is .7x to .9x
-W_CARRIED = Config(256, 128, 64, 8, 4, swap=True, carried=True)
+W_CARRIED = Config(256, 128, 64, 8, 4, swap=True, carried=True, tma=True)
 INT8_WEIGHT_ONLY = Kernel(
     "linear", lambda p, card: p.layout == "wgmma",
     (
@@ -98,7 +98,7 @@ INT8_WEIGHT_ONLY = Kernel(
             for config in (W16, W32, W64, W64_WIDE, W128, W128_HELD, W256) for split in (1, FILL, FILL_TWICE)
         ),
         W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL), replace(W_CARRIED, block_m=128, split_k=FILL),
-        replace(W128, carried=True, split_k=FILL_TWICE),
+        replace(W128, carried=True, tma=True, split_k=FILL_TWICE),
     ),
     _keywords, _adapt, label="W8A16",
 )
