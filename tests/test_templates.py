@@ -61,12 +61,13 @@ BY_PTXAS = {
     (12, 8): [
         ("int8wo", 4096, 4096, 1, "1x4x2048"), ("int8wo", 151936, 896, 1, "1x4x1024"), ("int4wo-128", 28672, 4096, 1, "8x16x256"), ("int4wo-128", 151936, 896, 1, "8x16x128"),
         ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"), ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
+        ("int4wo-128", 6144, 4096, 1, "1x4x2048"), ("int4wo-32", 1280, 5120, 1, "1x4x4096"), ("int4wo-128", 896, 896, 1, "8x16x512"),
         ("int8dq", 28672, 4096, 16, "16x64x256 swapped"), ("int8dq", 28672, 4096, 256, "128x128x128"),
         ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, None),
     ],
     (13, 5): [
-        ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried"),
-        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried scaled"), ("int8wo", 28672, 4096, 4096, None),
+        ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried tma"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried tma"),
+        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried tma scaled"), ("int8wo", 28672, 4096, 4096, None),
         ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
     ],
 }

@@ -155,7 +155,7 @@ INT4 += [
     ("int4wo-row-asym", 40, 70, 400, "(int4.ONE_SUM, Config(32, 64, 128, 4, 3, split_k=2, tma=True))"),
 ]
 WORDS += [
-    ("int8wo", "bfloat16", 70, 70, 1104, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 128, 4, 3, swap=True, split_k=2, tma=True))"),
+    ("int8wo", "bfloat16", 70, 70, 1088, "(linear.INT8_WEIGHT_ONLY, Config(64, 64, 128, 4, 3, swap=True, split_k=2, tma=True))"),
     ("int8wo-128", "bfloat16", 40, 70, 1024, "(linear.INT8_WEIGHT_ONLY, Config(32, 64, 128, 4, 3, swap=True, tma=True))"),
 ]
 PERSISTENT = "(linear.PERSISTENT, Config(32, 32, 64, 4, 3, programs=1))"

@@ -50,9 +50,11 @@ GEMV = Kernel(
         Config(8, 32, 256, 1, 1), Config(8, 16, 512, 1, 1, split_k=16 * FILL), GEMV_SHORT,
     ),
     keywords, _gemv_adapt,
-    (Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4, k=8192)),
+    (
+        Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4),
+        Default(GEMV_SHORT, upto=4),
+    ),
 )
-GEMV_NARROW = replace(GEMV, defaults=(Default(GEMV_FULL, upto=4), Default(GEMV_SHORT, upto=4)))
 
 
 def _fma_fits(p: Problem, card: Card) -> bool:
@@ -66,14 +68,15 @@ def _fma_adapt(p: Problem, config: Config) -> Config | None:
     return None if (p.n % 16 and config.block_n % 16) or k_pad < config.block_k else config
 
 
-# One token and a narrow weight: .7 to 2 us faster than int4_gemv, which splits K there (H200).
+# One token and a small weight, where int4_gemv splits K: .5 to 2 us faster (H200), and slower where the weight is larger.
+SMALL = 1 << 25
 FMA_FULL, FMA_HALF, FMA_SHORT = (Config(1, 4, 1024 * warps, warps, 1) for warps in (4, 2, 1))
 FMA = Kernel(
     "int4_fma", _fma_fits,
     (FMA_FULL, FMA_HALF, FMA_SHORT, replace(FMA_FULL, block_n=2), replace(FMA_FULL, block_n=8)), keywords, _fma_adapt,
     (
-        Default(FMA_HALF, upto=1, k=2048, waves=4), Default(FMA_FULL, upto=1, k=4096), Default(FMA_HALF, upto=1, k=2048),
-        Default(FMA_SHORT, upto=1),
+        Default(FMA_HALF, upto=1, k=2048, waves=4, elements=SMALL), Default(FMA_FULL, upto=1, k=4096, elements=SMALL),
+        Default(FMA_HALF, upto=1, k=2048, elements=SMALL), Default(FMA_SHORT, upto=1, elements=SMALL),
     ),
 )
 
@@ -175,4 +178,4 @@ DYNAMIC_GROUPS = _dynamic(
     ),
     "W4A8 groups",
 )
-KERNELS = (GEMV, FMA, GEMV_NARROW, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
+KERNELS = (FMA, GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)

@@ -65,8 +65,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Default:
-    """What default mode takes for M <= upto, N >= n, K >= k, where every multiprocessor gets at least `waves` tiles; None is
-    the portable lowering.
+    """What default mode takes for M <= upto, N >= n, K >= k, N * K <= elements, where every multiprocessor gets at least
+    `waves` tiles; None is the portable lowering.
     """
 
     config: Config | None
@@ -74,11 +74,12 @@ class Default:
     n: int = 0
     k: int = 0
     waves: float = 0
+    elements: int = ANY
 
     def covers(self, p: Problem, card: Card) -> bool:
         m = ir.rows_hint(p.m)
         enough = self.config is None or self.config.tiles(m, p.n) >= self.waves * card.sms
-        return m <= self.upto and p.n >= self.n and p.k >= self.k and enough
+        return m <= self.upto and p.n >= self.n and p.k >= self.k and p.n * p.k <= self.elements and enough
 
 
 @dataclass(frozen=True)
