@@ -83,10 +83,10 @@ def realized_dense(x: IR) -> bool:
 
 
 def by_tma(x: IR) -> bool:
-    """Whether the tensor memory accelerator can read what `realize` makes of x[M, K]: 16 bytes begin it, and every row of it."""
+    """Realizes x[M, K]; whether a tensor memory accelerator can read it as it lies: dense, every row on a multiple of 16 bytes."""
     (unaligned,) = private("torch._inductor.ir", "is_unaligned")
     bytes_per_row = static(x.get_size()[-1] * x.get_dtype().itemsize)
-    return bytes_per_row is not None and bytes_per_row % 16 == 0 and not unaligned(x)
+    return bytes_per_row is not None and bytes_per_row % 16 == 0 and realized_dense(x) and not unaligned(x)
 
 
 def static(x: Expr) -> int | None:

@@ -17,7 +17,8 @@ from aoquant_inductor.scheme import DTYPES
 class Problem:
     """x[M, K] (int8 with x_scale[M, 1], x_zero[M, 1] when dynamic), the packed weight, bias[N] -> y[M, N] in out_dtype.
 
-    symmetric: x is floating and quantized per token by the kernel itself, like this; None: it is not.
+    symmetric: x is floating and quantized per token by the kernel itself, like this; None: it is not. by_tma: a GPU's tensor
+    memory accelerator can read x.
 
     Of a backward x is grad[M, N], and the result grad_x[M, K].
     """
@@ -36,6 +37,7 @@ class Problem:
     m: Any
     device: torch.device
     symmetric: bool | None = None
+    by_tma: bool = False
 
     @classmethod
     def of(
@@ -50,9 +52,10 @@ class Problem:
         m = ir.product(leading)
         scale, zero = _alike(scale, zero)
         rows = lambda t: None if t is None else ir.view(t, [m, 1])  # noqa: E731
+        device, x = x.get_device(), ir.view(x, [m, x.get_size()[-1]])
         return cls(
-            ir.view(x, [m, x.get_size()[-1]]), rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
-            leading, m, x.get_device(), symmetric,
+            x, rows(x_scale), rows(x_zero), w, scale, zero, sums, bias, tuple(key), out_dtype,  # type: ignore[arg-type]
+            leading, m, device, symmetric, device.type == "cuda" and ir.by_tma(x),
         )
 
     @classmethod

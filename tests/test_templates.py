@@ -48,7 +48,7 @@ def problem(scheme: str, n: int, k: int, m: int, card: Card = H100, quantizing: 
     row, scale = Node((m, 1), torch.float32), Node((k // group if group else 1, n), bf16 if group else torch.float32)
     return Problem(
         Node((m, k), torch.int8 if dynamic and not quantizing else bf16), row if dynamic and not quantizing else None, None, w, scale, None, None, None,
-        (k, n, choice.weight.dtype, group, "int", layout), bf16, (m,), m, torch.device("cuda"), symmetric,
+        (k, n, choice.weight.dtype, group, "int", layout), bf16, (m,), m, torch.device("cuda"), symmetric, True,
     )
 
 

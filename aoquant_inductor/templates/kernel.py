@@ -101,7 +101,7 @@ class Kernel:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
         if wanted.carried and not card.may_carry:
             return None
-        if wanted.tma and not (card.has_tma and ir.by_tma(p.x)):
+        if wanted.tma and not (card.has_tma and p.by_tma):
             wanted = replace(wanted, tma=False)
         config = self.adapt(p, wanted)
         while config is not None and _shared(p, config) > card.shared:

@@ -73,7 +73,7 @@ INT8_DYNAMIC = Kernel(
 P_LARGE = Config(128, 128, 128, 4, 3, programs=2)
 PERSISTENT = Kernel(
     "persistent",
-    lambda p, card: p.dynamic and p.bits == 8 and p.zero is None and p.k % 16 == 0 and card.has_tma,
+    lambda p, card: p.dynamic and p.bits == 8 and p.zero is None and p.by_tma and card.has_tma,
     (P_LARGE, replace(P_LARGE, group_m=4), replace(P_LARGE, group_m=16), Config(128, 256, 128, 8, 4, group_m=16, programs=1)),
     lambda p, config: {}, label="W8A8 persistent",
 )
