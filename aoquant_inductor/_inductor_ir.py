@@ -83,7 +83,7 @@ def realized_dense(x: IR) -> bool:
 
 
 def by_tma(x: IR) -> bool:
-    """Realizes x[M, K]; whether a tensor memory accelerator can read it as it lies: dense, every row on a multiple of 16 bytes."""
+    """Realizes x[M, K]; whether a tensor memory accelerator can read it as it lies: dense, rows on multiples of 16 bytes."""
     (unaligned,) = private("torch._inductor.ir", "is_unaligned")
     bytes_per_row = static(x.get_size()[-1] * x.get_dtype().itemsize)
     return bytes_per_row is not None and bytes_per_row % 16 == 0 and realized_dense(x) and not unaligned(x)
