@@ -14,6 +14,11 @@ from aoquant_inductor.card import SAFE_PTXAS, UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel
 
+NEAR, NEAR_ELSEWHERE = 1.35, 2.0
+"""A search measures what should take at most so many times as long as the cheapest config: where costs.csv was measured (of 363
+problems two had their fastest config farther off), and on other cards.
+"""
+
 
 def linear(p: Problem) -> tuple[str, Any] | None:
     """(kernel name, y[M, N]), or None: the portable lowering is the better default, or the only one."""
@@ -69,16 +74,17 @@ def default(p: Problem, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Conf
 
 
 def search(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[Kernel, Config]]:
-    """Every config of every kernel that can run and whose tile is about as high as there are rows, each once."""
-    found: dict[tuple[str, Config], tuple[Kernel, Config]] = {}
-    for kernel in kernels:
-        for wanted in kernel.configs:
-            if (config := kernel.config(p, card, wanted)) is not None:
-                found.setdefault((kernel.template, config), (kernel, config))
+    """What a search measures, each once: of kernels with prices what may be the fastest by them, with the kernels before those
+    every config whose tile is about as high as there are rows. A compile of what cannot win takes as long as one of the winner.
+    """
+    first = next((i for i, kernel in enumerate(kernels) if kernel.label), len(kernels))
+    priced = sorted(((us, one, config) for one in kernels for us, config in one.priced(p, card)), key=lambda f: f[0])
+    most = (NEAR if card.arch == 90 else NEAR_ELSEWHERE) * priced[0][0] if priced else 0.0
+    able = [(one, config) for one in kernels[: first if priced else None] for config in one.able(p, card)]
     rows = 1 << (ir.rows_hint(p.m) - 1).bit_length()
-    # a compile of a config that cannot win takes as long as one of the winner
-    near = [one for key, one in found.items() if min(rows // 4, 64) <= key[1].block_m <= max(16, 2 * rows)]
-    return near or list(found.values())
+    high = [(one, config) for one, config in able if min(rows // 4, 64) <= config.block_m <= max(16, 2 * rows)]
+    wanted = (high or able) + [(one, config) for us, one, config in priced if us <= most]
+    return list({(kernel.template, config): (kernel, config) for kernel, config in reversed(wanted)}.values())[::-1]
 
 
 def _select(

@@ -84,24 +84,51 @@ def test_the_default_of_some_problems(ptxas: tuple[int, int], case: tuple[str, i
     assert (found and str(found[1])) == wanted
 
 
+Measured = dict[tuple[str, str, int], float]
+
+
+def key(kernel: Kernel, config: Config) -> tuple[str, str, int]:
+    """What a measured row calls it."""
+    return kernel.label, costs.key_of(config).replace("persistent ", ""), config.split_k
+
+
+def everything_measured(card: Card) -> dict[tuple[str, str, int, int, int], Measured]:
+    """(card, scheme, N, K, M) -> microseconds of every config that there is and `card` may run."""
+    measured: dict[tuple[str, str, int, int, int], Measured] = {}
+    for row in fit.rows(RESULTS):
+        may = row.label != "bf16" and (row.label, row.config) in costs.costs() and (card.may_carry or "carried" not in row.config)
+        if may and "asym" not in row.problem[1]:
+            measured.setdefault(row.problem, {})[row.label, row.config, row.split] = row.us
+    return measured
+
+
 @pytest.mark.parametrize("ptxas", BY_PTXAS)
 def test_the_default_is_about_the_fastest_of_everything_measured(ptxas: tuple[int, int]) -> None:
     """Not only where the prices come from: of configs that may run, with what else a default depends on."""
-    card = replace(H100, ptxas=ptxas)
-    measured: dict[tuple[str, str, int, int, int], dict[tuple[str, str, int], float]] = {}
-    for row in fit.rows(RESULTS):
-        if row.label != "bf16" and (card.may_carry or "carried" not in row.config):
-            measured.setdefault(row.problem, {})[row.label, row.config, row.split] = row.us
-    ratios = {}
-    for of, times in measured.items():
-        if (found := default(problem(*of[1:], card), card)) is None or "asym" in of[1]:
-            continue
-        key = (found[0].label, costs.key_of(found[1]).replace("persistent ", ""), found[1].split_k)
-        if key in times:
-            ratios[of] = times[key] / min(times.values())
+    card, ratios = replace(H100, ptxas=ptxas), {}
+    for of, times in everything_measured(card).items():
+        found = default(problem(*of[1:], card), card)
+        if found is not None and key(*found) in times:
+            ratios[of] = times[key(*found)] / min(times.values())
     assert len(ratios) > 200
     assert sum(ratios.values()) / len(ratios) < 1.02
     assert max(ratios.values()) < 1.25, max(ratios, key=ratios.__getitem__)
+
+
+@pytest.mark.parametrize("ptxas", BY_PTXAS)
+def test_a_search_has_the_fastest_of_everything_measured_and_little_else(ptxas: tuple[int, int]) -> None:
+    card, ratios, counts = replace(H100, ptxas=ptxas), {}, []
+    for of, times in everything_measured(card).items():
+        p = problem(*of[1:], card)
+        tried = lowering_triton.search(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
+        known = [times[key(*one)] for one in tried if key(*one) in times]
+        counts.append(len(tried))
+        if known:
+            ratios[of] = min(known) / min(times.values())
+    assert len(ratios) > 250
+    assert sum(ratios.values()) / len(ratios) < 1.005
+    assert max(ratios.values()) < 1.1, max(ratios, key=ratios.__getitem__)
+    assert sum(counts) / len(counts) < 8 and max(counts) <= 16, "each is seconds of a compile"
 
 
 def test_every_config_without_a_default_has_a_price() -> None:

@@ -125,6 +125,12 @@ class Kernel:
             return None
         return replace(config, split_k=split)
 
+    def able(self, p: Problem, card: Card) -> Iterator[Config]:
+        """Every config that can run here, as it would."""
+        for wanted in self.configs:
+            if (config := self.config(p, card, wanted)) is not None:
+                yield config
+
     def priced(self, p: Problem, card: Card) -> Iterator[tuple[float, Config]]:
         """(microseconds, config) of every config with a price that can run here, in each split of K worth a thought."""
         if not self.label:
