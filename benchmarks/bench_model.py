@@ -177,7 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers = [PEER + s for s in schemes if args.peers and s not in CASES[name].mixed]
             wanted += [(name, scheme) for scheme in ("bf16", *schemes, *peers)]
         commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]
-        for (name, scheme), found in zip(wanted, turns.run(commands, args.jobs, args.limit), strict=True):
+
+        def ready(which: int, seconds: float) -> None:
+            print(f"{' '.join(wanted[which])}: prepared after {seconds:.0f} s", file=sys.stderr, flush=True)
+
+        for (name, scheme), found in zip(wanted, turns.run(commands, args.jobs, args.limit, ready), strict=True):
             if isinstance(found, turns.Failed):
                 refused.append(f"{name} {scheme}: {found}")
                 continue

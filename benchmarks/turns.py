@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
@@ -78,13 +79,25 @@ class _Child:
         return (out.strip().splitlines() or [""])[-1]
 
 
-def run(commands: Sequence[Sequence[str]], jobs: int, limit: float) -> Iterator[str | Failed]:
-    """The last line that each command printed, in their order; `jobs` of them prepare at once, within `limit` seconds each."""
+def run(
+    commands: Sequence[Sequence[str]], jobs: int, limit: float,
+    ready: Callable[[int, float], object] = lambda which, seconds: None,
+) -> Iterator[str | Failed]:
+    """The last line that each command printed, in their order; `jobs` of them prepare at once, within `limit` seconds each.
+
+    ready: called, from a thread, with which command is prepared, or gave up, and after how many seconds.
+    """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for start in range(0, len(commands), jobs):
+        began = time.perf_counter()
         children = [_Child(command, limit, threads) for command in commands[start : start + jobs]]
+
+        def prepare(i: int, children: list[_Child] = children, start: int = start, began: float = began) -> None:
+            children[i].ready()
+            ready(start + i, time.perf_counter() - began)
+
         with ThreadPoolExecutor(len(children)) as pool:
-            list(pool.map(_Child.ready, children))
+            list(pool.map(prepare, range(len(children))))
         for child in children:
             try:
                 yield child.result()
