@@ -167,12 +167,20 @@ def profiles() -> str:
 FIRST = ("qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-prefill-512", "sam-encoder", "voxtral", "dit")
 
 
+def _last(rows: Sequence[Row], case: str) -> str:
+    """When a case was measured, "" where it was not."""
+    return max((row["date"] for row in rows if row["case"] == case), default="")
+
+
 def first() -> str:
     """The first screen: whole models against compiled bf16, speed, memory and accuracy, whoever wins."""
     table, sources = [], []
-    for path in sorted(RESULTS.glob("*.model.csv")):
-        rows = of_models(path)
-        for row, speed in (pair for case in FIRST for pair in speeds(rows, case)):
+    files = {path: of_models(path) for path in sorted(RESULTS.glob("*.model.csv"))}
+    # a case that ran on several cards is shown on the one that it ran on last
+    last = {case: max(files, key=lambda path: _last(files[path], case)) for case in FIRST if files}
+    for path, rows in files.items():
+        shown = [row for row in rows if last.get(row["case"]) == path]
+        for row, speed in (pair for case in FIRST for pair in speeds(shown, case)):
             if row["scheme"] != "bf16" and not row["scheme"].startswith("torchao "):
                 base = next(one for one in rows if (one["case"], one["scheme"]) == (row["case"], "bf16"))
                 of = float(row["resident_mb"]) / float(base["resident_mb"]) if row["resident_mb"] else 0
@@ -180,7 +188,8 @@ def first() -> str:
                     f"{row['case']}, {path.name.partition('.')[0]}", row["scheme"], _ratio(speed),
                     f"{_gigabytes(row)}, {of:.2f}x" if of else "-", f"SQNR {row['error_db']} dB",
                 ])
-        sources.append(source([row for row in rows if row["case"] in FIRST], path))
+        if shown:
+            sources.append(source(shown, path))
     for path in sorted(RESULTS.glob("*.demo.csv")):
         rows = newest(path, "scheme")
         size = {row["scheme"]: int(row["linear_bytes"]) for row in rows}
