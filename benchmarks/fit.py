@@ -1,11 +1,12 @@
 """What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
 
-    us = start + norm(steps * max(step, ceil(programs / multiprocessors) * full), bytes of the weight / rate), and for split K
+    us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate), and for split K
        + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
-steps: of K, by one program. one, others: split, tiles; of a large tile 1, split * tiles. Three numbers for a config, and for
-both kinds of splits of a kernel, by the least sum of |log(model / measured)|. What is printed says how
-good they are: the time of the config that the model takes over that of the fastest one measured.
+steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two. one, others: split, tiles; of a large
+tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel, by the least sum of
+|log(model / measured)|. What is printed says how good they are: the time of the config that the model takes over that of the
+fastest one measured.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
-    """{(label, config): [start, step, full]}, and the splits of each label."""
+    """{(label, config): [start, step, pair, full]}, and the splits of each label."""
     configs = sorted({(r.label, r.config) for r in measured})
     place = {key: i for i, key in enumerate(configs)}
     ways = sorted({split_of(r.label, r.area) for r in measured if r.split > 1})
@@ -99,19 +100,20 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
     us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
-    # [start, full, what a step takes more when it has nobody to hide its waits behind]
-    first = torch.tensor([3.0, 0.3, 0.3]).log().repeat(len(configs), 1)
+    # [start, full, what a step takes more when it has nobody to hide its waits behind, pair]
+    first = torch.tensor([3.0, 0.3, 0.3, 0.3]).log().repeat(len(configs), 1)
     raw, split = first.clone(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1)
     raw.requires_grad_(), split.requires_grad_()
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        start, full, alone = raw.exp().unbind(1)
-        cost = torch.stack([start, full * (1 + alone), full], 1)
+        start, full, alone, pair = raw.exp().unbind(1)
+        cost = torch.stack([start, full * (1 + alone), pair, full], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
         more = is_split * once + parts * (by_one + others * by_all)
-        begin, step, full = cost[index].unbind(1)
-        work = ((steps * torch.maximum(step, waves * full)) ** NORM + memory**NORM) ** (1 / NORM)
+        begin, step, pair, full = cost[index].unbind(1)
+        work = steps * torch.maximum(step, waves * torch.where(waves <= prices.PAIR, pair, full))
+        work = (work**NORM + memory**NORM) ** (1 / NORM)
         error = (torch.log(begin + work + more) - us.log()).abs()
         loss = error.mean() + WEIGHT * (raw - first).square().mean()  # where there are few rows
         optimizer.zero_grad()
@@ -121,19 +123,19 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     cost, split, error = cost.detach(), split.detach(), error.detach()
     median, mean = float(error.median()), float(error.mean())
     print(f"{len(measured)} rows, {len(configs)} configs: median error {median:.1%}, mean {mean:.1%}")
-    splits = {way: split.exp()[i].tolist() for i, way in enumerate(ways)}
+    splits = {way: [once, by_one, 0.0, by_all] for way, (once, by_one, by_all) in zip(ways, split.exp().tolist(), strict=False)}
     return {key: cost[i].tolist() for key, i in place.items()} | splits
 
 
 def fit_cublas(measured: Sequence[Row]) -> list[float]:
-    """[start, 0, full] of cuBLAS's bf16 (costs.of_bf16), by trying a little more and a little less of each."""
+    """[start, 0, 0, full] of cuBLAS's bf16 (costs.of_bf16), by trying a little more and a little less of each."""
     def loss(cost: Sequence[float]) -> float:
         errors = (math.log(of_bf16(r.problem[4], r.problem[2], r.problem[3], SMS, Cost(*cost)) / r.us) for r in measured)
         return sum(map(abs, errors)) / len(measured)
 
-    best = [3.0, 0.0, 0.27]
+    best = [3.0, 0.0, 0.0, 0.27]
     for scale in (1.5, 1.2, 1.1, 1.05, 1.02, 1.01) * 3:
-        for i in (0, 2):
+        for i in (0, 3):
             for factor in (scale, 1 / scale):
                 tried = [*best[:i], best[i] * factor, *best[i + 1 :]]
                 best = tried if loss(tried) < loss(best) else best
@@ -144,8 +146,7 @@ def fit_cublas(measured: Sequence[Row]) -> list[float]:
 def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) -> None:
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
-        start, step, full = costs[r.label, r.config]
-        whole = Cost(start, step, full).us(r.tiles * r.split, r.steps, SMS, r.memory)
+        whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory)
         if r.split == 1:
             return whole
         return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]))

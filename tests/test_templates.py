@@ -227,7 +227,7 @@ def test_int4_has_a_default_that_fits(scheme: str, card: Card) -> None:
 @pytest.mark.parametrize("block_n", [32, 64])  # a tile that its last program adds up, and one that all do
 def test_a_fit_finds_the_costs_that_times_were_made_of(block_n: int) -> None:
     """By the formula that default mode chooses by: the two are written apart."""
-    true, split = costs.Cost(2.5, 0.4, 0.25), costs.Cost(0.8, 0.3, 2.0)
+    true, split = costs.Cost(2.5, 0.4, 0.22, 0.28), costs.Cost(0.8, 0.3, 0.0, 2.0)
     area, measured = 64 * block_n, []
     for n, k, m in itertools.product((896, 4096, 28672), (1280, 4096, 14336), (64, 256, 1024)):
         tiles, steps = -(-m // 64) * -(-n // block_n), k // 128

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from aoquant_inductor.templates.kernel import Config
 
 FILE = Path(__file__).parent / "costs.csv"
-COLUMNS = ("kernel", "config", "start", "step", "full")
+COLUMNS = ("kernel", "config", "start", "step", "pair", "full")
 BF16 = ("bf16", "")
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
 SLICED_AREA = 4096  # elements of a tile, from which on each of its programs adds up some rows, not the last to come all
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
 MOST_WAVES = 4  # of programs that share their tiles
+PAIR = 2  # programs of a multiprocessor
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
@@ -31,15 +32,19 @@ LONG, HOT = 500.0, 1.2
 
 
 class Cost(NamedTuple):
-    """Microseconds: to begin and to end; a step of K of a program with a multiprocessor for itself; of each of several."""
+    """Microseconds: to begin and to end; a step of K of a program with a multiprocessor for itself; of each of two that share
+    one, which hide most of each other's waits; of each of several, one after the other.
+    """
 
     start: float
     step: float
+    pair: float
     full: float
 
     def us(self, programs: int, steps: int, sms: int, memory: float) -> float:
         """`memory`: microseconds that the weight takes to be read, whatever is done with it."""
-        work = steps * max(self.step, math.ceil(programs / sms) * self.full)
+        waves = math.ceil(programs / sms)
+        work = steps * max(self.step, waves * (self.pair if waves <= PAIR else self.full))
         return self.start + float((work**NORM + memory**NORM) ** (1 / NORM))
 
 
@@ -79,14 +84,14 @@ def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
     """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory."""
     if split == 1:
         return 0.0
-    start, step, full = cost
+    start, step, _, full = cost
     one, others = shared(split, tiles, area)
     return start + one * area / SPLIT_AREA * (step + full * others / sms)
 
 
 def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:
     """Microseconds of cuBLAS for bf16 x[M, K] and w[N, K]: it has a tile for every shape, so that there are parts of waves."""
-    start, _, full = cost or costs()[BF16]
+    start, _, _, full = cost or costs()[BF16]
     return start + max(2 * n * k / BYTES_PER_US, -(-k // 64) * m * n / (128 * 128) / sms * full)
 
 
