@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -89,7 +90,7 @@ def test_the_check_finds_the_machine_code_of_what_inductor_compiled(static: bool
     with assembler(NEWER, tmp_path), config.patch(use_static_triton_launcher=static):
         plain, rendered = (
             offline.render("int8wo", 256, 256, 2048, torch.bfloat16, config=(linear.INT8_WEIGHT_ONLY, taken))
-            for taken in (linear.W128, linear.W_CARRIED)
+            for taken in (linear.W128, replace(linear.W_CARRIED, tma=False))  # a descriptor needs memory: Triton's launcher
         )
         assert _inductor_machine.carried(plain.code) == []
         (name,) = _inductor_machine.carried(rendered.code)
