@@ -17,12 +17,17 @@ EARLY = 16
 
 
 def triton_template(name: str, source: str) -> Any:
-    """A template whose grid is (tiles of y[M, N], but not more than PROGRAMS, and SPLIT_K); names are global to the process."""
+    """A template whose grid is (tiles of y[M, N], but not more than PROGRAMS, and SPLIT_K), or, with TAIL, SPLIT_K only
+    for a tile beyond the last multiple of TAIL. Names are global to the process.
+    """
     (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
     (symbolic,) = private("torch._inductor.select_algorithm", "SymbolicGridFn")
 
     def grid(m: Expr, n: Expr, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Expr, int, int]:
         tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"])
+        if at_once := meta.get("TAIL"):
+            whole = cdiv(tiles - at_once + 1, at_once) * at_once
+            return whole + (tiles - whole) * meta["SPLIT_K"], 1, 1
         return min(tiles, meta["PROGRAMS"]) if meta.get("PROGRAMS") else tiles, meta.get("SPLIT_K", 1), 1
 
     return template(name=name, grid=symbolic(grid), source=source)

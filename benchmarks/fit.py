@@ -43,7 +43,9 @@ FEWEST = 16  # rows: below, kernels of other kinds run
 
 @dataclass(frozen=True)
 class Row:
-    """One measured config: where, which, its tiles of M x N, the steps of K of a program."""
+    """One measured config: where, which, its tiles of M x N, the steps of K of a program; of a tail, the tiles that are left,
+    and all steps of a multiprocessor.
+    """
 
     problem: tuple[str, str, int, int, int]  # card, scheme, N, K, M
     label: str
@@ -53,6 +55,7 @@ class Row:
     area: int
     steps: int
     us: float
+    tail: bool = False
 
     @property
     def memory(self) -> float:
@@ -75,15 +78,19 @@ def rows(folder: Path) -> Iterator[Row]:
                 label = LABELS.get((line["kernel"], line["scheme"]))
                 if label is None:
                     continue
-                text = re.sub(r" persistent| \{.*", "", line["config"]).strip()
+                tail = " tail" in line["config"]
+                text = re.sub(r" persistent| tail| \{.*", "", line["config"]).strip()
                 bm, bn, bk = map(int, re.match(r"(\d+)x(\d+)x(\d+)", text).groups())  # type: ignore[union-attr]
                 found = re.search(r" split (\d+)", text)
                 split = int(found.group(1)) if found else 1
                 steps = -(-k // (bk * (2 if " dots" in text else 1)))
                 tiles = -(-m // bm) * -(-n // bn)
-                if not prices.splits_fit(split, tiles, bm * bn, SMS):
+                if not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
                     continue
-                yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, -(-steps // split), us)
+                each = -(-steps // split)
+                if tail:
+                    tiles, each = tiles % SMS, prices.with_tail(tiles, SMS, steps, split)
+                yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, each, us, tail)
 
 
 def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
@@ -157,7 +164,7 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) ->
     found = []
     for problem, tried in problems.items():
         taken, best = min(tried, key=modelled), min(tried, key=lambda r: r.us)
-        found.append((taken.us / best.us, problem, f"{taken.config} split {taken.split}", f"{best.config} split {best.split}"))
+        found.append((taken.us / best.us, problem, *(f"{r.config}{' tail' * r.tail} split {r.split}" for r in (taken, best))))
     found.sort(reverse=True)
     print(f"{len(found)} problems: taken / fastest {sum(f[0] for f in found) / len(found):.3f} in the mean; the worst:")
     for ratio, problem, taken, fastest in found[:8]:

@@ -63,6 +63,18 @@ def test_a_new_ptxas_makes_every_carried_config_right(scheme: str, kernel: Kerne
 
 
 @needs_newer
+def test_a_tail_of_split_tiles_leaves_the_registers_alone(tmp_path: Path) -> None:
+    assert NEWER is not None
+    with assembler(NEWER, tmp_path):
+        tailed = (linear.INT8_WEIGHT_ONLY, replace(linear.W_CARRIED, tail=1))
+        rendered = offline.render("int8wo", 256, 17920, 512, torch.bfloat16, config=tailed)
+        assert "TAIL : tl.constexpr = 132" in rendered.code
+        built = offline.assemble(rendered.code, tmp_path)
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", offline.ptxas_log(built, tmp_path))
+        assert hazards(machine_code(rendered, tmp_path)) == []
+
+
+@needs_newer
 @pytest.mark.parametrize(("scheme", "kernel", "config"), [("int8wo", linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int4wo-128", int4.SUMS, int4.L_CARRIED)])
 def test_an_old_ptxas_does_not(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     import triton

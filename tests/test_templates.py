@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from aoquant_inductor import lowering_portable, lowering_triton
+from aoquant_inductor import _inductor_choices, lowering_portable, lowering_triton
 from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor.card import UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel, costs
+from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel, costs, linear
 from aoquant_inductor.templates.kernel import MAX_SPLIT
 from benchmarks import fit
 from benchmarks.measure import RESULTS
@@ -84,21 +84,21 @@ def test_the_default_of_some_problems(ptxas: tuple[int, int], case: tuple[str, i
     assert (found and str(found[1])) == wanted
 
 
-Measured = dict[tuple[str, str, int], float]
+Which = tuple[str, str, int, bool]
 
 
-def key(kernel: Kernel, config: Config) -> tuple[str, str, int]:
+def key(kernel: Kernel, config: Config) -> Which:
     """What a measured row calls it."""
-    return kernel.label, costs.key_of(config).replace("persistent ", ""), config.split_k
+    return kernel.label, costs.key_of(config).replace("persistent ", ""), config.split_k, config.tail > 0
 
 
-def everything_measured(card: Card) -> dict[tuple[str, str, int, int, int], Measured]:
+def everything_measured(card: Card) -> dict[tuple[str, str, int, int, int], dict[Which, float]]:
     """(card, scheme, N, K, M) -> microseconds of every config that there is and `card` may run."""
-    measured: dict[tuple[str, str, int, int, int], Measured] = {}
+    measured: dict[tuple[str, str, int, int, int], dict[Which, float]] = {}
     for row in fit.rows(RESULTS):
         may = row.label != "bf16" and (row.label, row.config) in costs.costs() and (card.may_carry or "carried" not in row.config)
         if may and "asym" not in row.problem[1]:
-            measured.setdefault(row.problem, {})[row.label, row.config, row.split] = row.us
+            measured.setdefault(row.problem, {})[row.label, row.config, row.split, row.tail] = row.us
     return measured
 
 
@@ -203,6 +203,31 @@ def _check(p: Problem, card: Card, kernel: Kernel, config: Config) -> None:
     assert config.num_stages * config.block_k * operands <= card.shared, (kernel.template, config)
     assert 1 <= config.split_k <= MAX_SPLIT and not config.carried
     assert config.split_k == 1 or config.tiles(p.m, p.n) <= COUNTERS
+
+
+@pytest.mark.parametrize(("n", "m", "split"), [(6144, 1024, 2), (5120, 1024, 4), (4096, 1024, None), (33792, 256, None), (32000, 256, None)])
+def test_a_tail_has_as_many_programs_as_run_at_once(n: int, m: int, split: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """192 and 160 tiles leave 60 and 28; 128 and 264 leave none, and of 250 118 are left, too many for two programs each."""
+    monkeypatch.setattr(_inductor_choices, "early_launch", lambda *_: False)
+    card = replace(H100, ptxas=(13, 5))
+    config = linear.INT8_WEIGHT_ONLY.config(problem("int8wo", n, 4096, m, card), card, replace(linear.W_CARRIED, tail=1))
+    assert (config and config.split_k) == split
+    if config is not None:
+        chosen = linear.INT8_WEIGHT_ONLY.choice(problem("int8wo", n, 4096, m, card), config)
+        assert chosen.scratch == 4 * config.split_k * config.rest(m, n) * 256 * 128
+
+
+def test_a_tail_is_priced_by_the_steps_of_a_multiprocessor() -> None:
+    """192 tiles of 64 steps: 132 at once, then 60 with two programs each."""
+    card = replace(H100, ptxas=(13, 5))
+    p, whole = problem("int8wo", 6144, 4096, 1024, card), linear.W_CARRIED
+    kernel = replace(linear.INT8_WEIGHT_ONLY, configs=(whole, replace(whole, tail=1)))
+    (slow, _), (fast, config) = kernel.priced(p, card)
+    cost = costs.costs()["W8A16", costs.key_of(whole)]
+    assert (config.tail, config.split_k) == (132, 2)
+    assert slow == pytest.approx(cost.us(192, 64, 132, 6144 * 4096 / costs.BYTES_PER_US))
+    adding = costs.of_split(2, 60, 256 * 128, 132, costs.costs()["W8A16 sliced", ""])
+    assert fast - adding == pytest.approx(cost.us(132, 96, 132, 6144 * 4096 / costs.BYTES_PER_US)) and fast < 0.9 * slow
 
 
 def test_a_carried_accumulator_needs_the_newer_ptxas() -> None:

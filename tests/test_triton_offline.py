@@ -113,9 +113,12 @@ HELD = SWAPPED.replace("))", ", extra=(('HELD', True),)))")
 # tiles that their programs add up together; one after the other, as the interpreter runs them, all leave it to the last
 SLICED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, split_k=4))"
 SLICED_SWAPPED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, swap=True, split_k=2))"
+# 169 tiles, 37 more than 132 multiprocessors have at once
+TAIL, TAIL_SWAPPED = (f"(linear.GENERAL, Config(32, 32, 128, 4, 3, swap={swap}, split_k=2, tail=1))" for swap in (False, True))
 DOTS = "(linear.GENERAL, Config(32, 64, 64, 4, 2, swap=True, split_k=2, extra=(('DOTS', 2),)))"
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
           ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD),
+          ("int8dq-asymact", "float16", 390, 400, 1025, TAIL), ("int8wo", "float16", 390, 400, 1024, TAIL_SWAPPED),
           ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SWAPPED),
           ("int8wo", "float16", 33, 70, 1024, SLICED_SWAPPED), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 CASES = [
@@ -142,6 +145,7 @@ WORDS = [
     ("int8wo-128", "bfloat16", 5, 70, 1024, "None"),
 ]
 INT4 += [
+    ("int4wo-128", 200, 1290, 1100, "(int4.SUMS, Config(32, 64, 128, 4, 3, tail=1))"),
     ("int8dq-int4w", 70, 70, 400, "(int4.DYNAMIC_ROW, Config(32, 64, 128, 4, 3, tma=True))"),
     ("int8dq-int4w-128-asym-asymact", 70, 70, 400, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, tma=True))"),
     ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.DYNAMIC_ROW, Config(32, 64, 256, 4, 3, tma=True))"),

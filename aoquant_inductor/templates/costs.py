@@ -50,7 +50,7 @@ class Cost(NamedTuple):
 
 def key_of(config: Config) -> str:
     """A config in costs.csv, where its splits are one."""
-    return f"{replace(config, split_k=1)} w{config.num_warps} s{config.num_stages} g{config.group_m}"
+    return f"{replace(config, split_k=1, tail=0)} w{config.num_warps} s{config.num_stages} g{config.group_m}"
 
 
 @functools.cache
@@ -78,6 +78,11 @@ def split_of(label: str, area: int) -> tuple[str, str]:
 def shared(split: int, tiles: int, area: int) -> tuple[int, int]:
     """How many parts of a tile a program adds up, and how many programs do so at once."""
     return (1, split * tiles) if sliced(area) else (split, tiles)
+
+
+def with_tail(tiles: int, at_once: int, steps: int, split: int) -> int:
+    """Steps of K of a multiprocessor, one tile after the other, the last one shared with others."""
+    return tiles // at_once * steps + -(-steps // split)
 
 
 def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:

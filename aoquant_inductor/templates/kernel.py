@@ -25,8 +25,9 @@ class Config:
     """One program makes block_m x block_n of y in steps of block_k.
 
     swap: the dot is w @ x^T, so that a small M is the narrow side of the tensor core. split_k: so many programs share a tile,
-    each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. carried: accumulators stay in the loop
-    although a converted weight feeds the tensor core from registers, which a ptxas before 13.3 miscompiles. programs: so
+    each a part of K; FILL is as many as give every multiprocessor one, n * FILL n. tail: that many tiles of a multiprocessor
+    are done at once, and only those that are left in the end are split. carried: accumulators stay in the loop although a
+    converted weight feeds the tensor core from registers, which a ptxas before 13.3 miscompiles. programs: so
     many for a multiprocessor, each with one tile after the other; 0 is one for every tile. tma: x comes by the tensor memory
     accelerator, where it can. extra: further constants.
     """
@@ -39,6 +40,7 @@ class Config:
     group_m: int = 8
     swap: bool = False
     split_k: int = 1
+    tail: int = 0
     carried: bool = False
     programs: int = 0
     tma: bool = False
@@ -47,17 +49,25 @@ class Config:
     def __str__(self) -> str:
         words = ["swapped"] * self.swap + ["carried"] * self.carried + ["tma"] * self.tma
         words += [name.lower() for name, on in self.extra if on]
-        words += [f"split {self.split_k}"] * (self.split_k > 1)
+        words += ["tail"] * bool(self.tail) + [f"split {self.split_k}"] * (self.split_k > 1)
         return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *words])
 
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.block_m) * -(-n // self.block_n)
 
+    def steps(self, k: int) -> int:
+        return -(-k // (self.block_k * int(dict(self.extra).get("DOTS", 1))))
+
+    def rest(self, m: int, n: int) -> int:
+        """The tiles of the tail, 0 where all are."""
+        tiles = self.tiles(m, n)
+        return tiles % self.tail if tiles > self.tail else 0
+
     def keywords(self) -> dict[str, Any]:
-        sliced = self.split_k > 1 and costs.sliced(self.block_m * self.block_n)
+        sliced = self.split_k > 1 and (self.tail > 0 or costs.sliced(self.block_m * self.block_n))
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
-            "SWAP": self.swap, "SPLIT_K": self.split_k, "CARRIED": self.carried, "PROGRAMS": self.programs,
+            "SWAP": self.swap, "SPLIT_K": self.split_k, "TAIL": self.tail, "CARRIED": self.carried, "PROGRAMS": self.programs,
             "TMA": self.tma, "SLICE_M": self.block_m // self.split_k if sliced else self.block_m,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
@@ -108,8 +118,10 @@ class Kernel:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
         if config is None:
             return None
-        config = replace(config, programs=config.programs * card.sms)
+        config = replace(config, programs=config.programs * card.sms, tail=config.tail * card.sms)
         m = ir.most_rows(p.m)
+        if config.tail:
+            return self._tailed(p, config)
         if config.split_k == 1:
             return config
         if m is None:  # the counters bound the number of tiles
@@ -125,6 +137,13 @@ class Kernel:
             return None
         return replace(config, split_k=split)
 
+    def _tailed(self, p: Problem, config: Config) -> Config | None:
+        """With as many programs for a tile of the tail as all run at once; None where none is left, or M is not known."""
+        rest, steps, split = config.rest(ir.static(p.m) or 0, p.n), config.steps(p.k), 1
+        while rest and 2 * split * rest <= config.tail and 4 * split <= steps and split < MAX_SPLIT:
+            split *= 2
+        return replace(config, split_k=split) if split > 1 and rest <= inductor.COUNTERS else None
+
     def able(self, p: Problem, card: Card) -> Iterator[Config]:
         """Every config that can run here, as it would."""
         for wanted in self.configs:
@@ -135,8 +154,8 @@ class Kernel:
         """(microseconds, config) of every config with a price that can run here, in each split of K worth a thought."""
         if not self.label:
             return
-        m, memory = ir.rows_hint(p.m), p.n * p.k * p.bits / 8 / costs.BYTES_PER_US
-        known, rows = costs.costs(), 1 << (m - 1).bit_length()
+        m = ir.rows_hint(p.m)
+        rows = 1 << (m - 1).bit_length()
         splits: dict[Config, bool] = {}
         for config in self.configs:
             base = replace(config, split_k=1)
@@ -145,17 +164,25 @@ class Kernel:
             # half as high as there are rows, or as high: others were not measured
             if not min(rows // 2, 64) <= base.block_m <= max(16, rows):
                 continue
-            cost = known[self.label, costs.key_of(base)]
-            tiles, steps = base.tiles(m, p.n), -(-p.k // (base.block_k * int(dict(base.extra).get("DOTS", 1))))
-            area = base.block_m * base.block_n
-            for split in (1, 2, 4, 8, 16) if may else (1,):
-                if split > 1 and (2 * split > steps or not costs.splits_fit(split, tiles, area, card.sms)):
+            tiles, steps = base.tiles(m, p.n), base.steps(p.k)
+            for split in (1, 2, 4, 8, 16) if may and not base.tail else (1,):
+                fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, card.sms)
+                if split > 1 and (2 * split > steps or not fits):
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
-                    us = cost.us(tiles * split, -(-steps // split), card.sms, memory)
-                    if split > 1:
-                        us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
-                    yield us * costs.HOT if us > costs.LONG and not p.dynamic else us, able
+                    yield self._us(p, card, base, able), able
+
+    def _us(self, p: Problem, card: Card, wanted: Config, config: Config) -> float:
+        """The price of `wanted` as it can run."""
+        m, memory, known = ir.rows_hint(p.m), p.n * p.k * p.bits / 8 / costs.BYTES_PER_US, costs.costs()
+        split, tiles, steps, area = config.split_k, wanted.tiles(m, p.n), wanted.steps(p.k), wanted.block_m * wanted.block_n
+        each = -(-steps // split)
+        if config.tail:
+            tiles, each = config.rest(m, p.n), costs.with_tail(tiles, config.tail, steps, split)
+        us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory)
+        if split > 1:
+            us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
+        return us * costs.HOT if us > costs.LONG and not p.dynamic else us
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
         most = ir.most_rows(p.m)
@@ -164,7 +191,8 @@ class Kernel:
         keywords = {**common_keywords(p), "FEW": few, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
-            scratch = 4 * config.split_k * config.tiles(most or 0, p.n) * config.block_m * config.block_n
+            tiles = config.rest(most or 0, p.n) if config.tail else config.tiles(most or 0, p.n)
+            scratch = 4 * config.split_k * tiles * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
         label = f"Triton {self.template} {kind} {config}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
