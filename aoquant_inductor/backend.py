@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from aoquant_inductor import _inductor, emit, lowering, progress, ranges, release, rewrite, siblings
 from aoquant_inductor import _inductor_dynamo as dynamo
+from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
 from aoquant_inductor.names import Names
@@ -53,6 +54,8 @@ def _pipeline(
         release.require()
     frame = dynamo.frame()
     names = Names(frame.root)
+    differentiable = _needs_grad(gm, example_inputs, frame.root)
+    regions.inline_checkpoints(gm, rewrite.LINEAR, recompute=differentiable is not None)
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)
@@ -63,7 +66,6 @@ def _pipeline(
     started = time.perf_counter()
     if any(site.scheme for site in sites):
         dynamo.guard_training(frame.local_self)
-    differentiable = _needs_grad(gm, example_inputs, frame.root)
     for site in sites:
         if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from aoquant_inductor import _inductor, backward
+from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor.patterns import PATTERNS, REQUANTIZED
 from aoquant_inductor.patterns.site import PackNodes, Shared
@@ -111,8 +112,11 @@ def _write(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool, many
         if launch is not site.packed or not unit:
             unit.append(site)
         node = env[site.node]
+        before, again = node.prev, regions.tags(node)
         with graph.inserting_before(node):
             y = emit(site, nodes[id(launch)])
+        while again and (before := before.next) is not node:
+            before.meta.update(again)
         y.meta.update(node.meta)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
