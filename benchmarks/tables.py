@@ -169,7 +169,7 @@ FIRST = ("qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-prefill-51
 
 def _last(rows: Sequence[Row], case: str) -> str:
     """When a case was measured, "" where it was not."""
-    return max((row["date"] for row in rows if row["case"] == case), default="")
+    return max((row.get("date", "") for row in rows if row["case"] == case), default="")
 
 
 def first() -> str:
