@@ -106,7 +106,8 @@ def run(name: str, scheme: str, device: str, reference: Path, seconds: float, re
             torch.cuda.reset_peak_memory_stats()
         times = device_ms(step, device, seconds)
         step_peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else ""
-        host = measure.host_time({"": step}, 1, 30)[""] if device == "cuda" else []
+        calls = max(10, min(200, int(1e3 * seconds / statistics.median(times))))
+        host = measure.host_time({"": step}, 1, calls)[""] if device == "cuda" else []
     if scheme == "bf16":
         torch.save(result.cpu(), reference)
         error = ""
