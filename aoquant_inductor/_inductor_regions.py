@@ -12,21 +12,23 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 TAGS = ("recompute", "ac_graph_id")  # what AOTAutograd's partitioner reads, and copies from a traced graph
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # (body, *inputs)
+REGION = torch.ops.higher_order.invoke_subgraph  # (body, its name, *inputs)
 
-_regions = itertools.count()
+_count = itertools.count()
 
 
-def inline_checkpoints(gm: fx.GraphModule, targets: Container[Any], recompute: bool) -> None:
-    """Puts the body of every torch.utils.checkpoint that calls one of `targets` into the graph around it, in place.
+def inline(gm: fx.GraphModule, targets: Container[Any], recompute: bool) -> None:
+    """Puts the body of every region that calls one of `targets` into the graph around it, in place: of torch.utils.checkpoint,
+    and of torch.compiler.nested_compile_region, whose one body may be called with many weights.
 
-    recompute: its nodes are tagged as AOTAutograd itself tags a body when it traces through it, so that a backward computes
-    them again; without a backward there is nothing to save. A checkpoint with a policy of its own (context_fn) stays as it is.
+    recompute: a checkpoint's nodes are tagged as AOTAutograd itself tags a body when it traces through it, so that a backward
+    computes them again; without a backward there is nothing to save. A checkpoint with a policy of its own (context_fn) stays
+    as it is.
     """
-    checkpoint = torch.ops.higher_order.tag_activation_checkpoint
-    found = [node for node in gm.graph.find_nodes(op="call_function", target=checkpoint) if _plain(gm, node, targets)]
-    for node in found:
-        _inline(gm, node, recompute)
-    if found:
+    while found := [node for node in gm.graph.nodes if node.target in (CHECKPOINT, REGION) and _can(gm, node, targets)]:
+        for node in found:
+            _inline(gm, node, recompute)
         gm.graph.lint()
         gm.recompile()
 
@@ -42,25 +44,29 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     return body
 
 
-def _plain(gm: fx.GraphModule, node: fx.Node, targets: Container[Any]) -> bool:
+def _can(gm: fx.GraphModule, node: fx.Node, targets: Container[Any]) -> bool:
     body = _body(gm, node)
-    calls = any(n.op == "call_function" and n.target in targets for n in body.graph.nodes)
-    # a policy, or a graph or a constant of its own
-    own = "_checkpoint_context_fn" in body.meta or any(n.op == "get_attr" for n in body.graph.nodes)
-    return calls and not own and all(user.target is operator.getitem for user in node.users)
+    graphs = [module.graph for module in body.modules() if isinstance(module, fx.GraphModule)]
+    calls = any(n.op == "call_function" and n.target in targets for graph in graphs for n in graph.nodes)
+    return calls and "_checkpoint_context_fn" not in body.meta and all(user.target is operator.getitem for user in node.users)
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, recompute: bool) -> None:
-    body, region = _body(gm, node), next(_regions)
-    graph, (getter, *operands) = gm.graph, node.args
-    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    body, graph, number = _body(gm, node), gm.graph, next(_count)
+    getter, *inputs = node.args if node.target is CHECKPOINT else (node.args[0], *node.args[2:])
+    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    again = tags(node)  # of a region within a checkpoint
+    if recompute and node.target is CHECKPOINT:
+        again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op in ("placeholder", "output"):
                 continue
             env[inner] = graph.node_copy(inner, lambda n: env[n])
-            if recompute:
-                env[inner].meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": region}
+            env[inner].meta.update(again)
+            if inner.op == "get_attr":  # a graph or a constant of the body
+                env[inner].target = f"aoquant_{number}_{inner.target}".replace(".", "_")
+                setattr(gm, env[inner].target, operator.attrgetter(inner.target)(body))
     (results,) = body.graph.output_node().args
     for user in list(node.users):
         user.replace_all_uses_with(env[results[user.args[1]]])  # type: ignore[index]

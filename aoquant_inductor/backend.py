@@ -55,7 +55,7 @@ def _pipeline(
     frame = dynamo.frame()
     names = Names(frame.root)
     differentiable = _needs_grad(gm, example_inputs, frame.root)
-    regions.inline_checkpoints(gm, rewrite.LINEAR, recompute=differentiable is not None)
+    regions.inline(gm, rewrite.LINEAR, recompute=differentiable is not None)
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, dequantized, run, sqnr_db, tokens
 
 import aoquant_inductor
@@ -186,71 +184,6 @@ def test_the_forward_saves_packs_and_no_dense_weight() -> None:
     saved = y.grad_fn.saved_tensors  # type: ignore[union-attr]
     assert any(t.dtype == torch.uint8 for t in saved)
     assert all(t.numel() < 64 * 64 for t in saved if t.is_floating_point())
-
-
-class Smooth(LoRA):
-    act = staticmethod(nn.functional.gelu)  # whose backward needs its input
-
-
-class Checkpointed(Smooth):
-    def __init__(self, context_fn: Callable[..., object] | None = None) -> None:
-        super().__init__()
-        self.how = {} if context_fn is None else {"context_fn": context_fn}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        def layer(i: int, x: torch.Tensor) -> torch.Tensor:
-            return self.act(self.base[i](x) + self.up[i](self.down[i](x)))
-
-        for i in range(2):
-            x = checkpoint(layer, i, x, use_reentrant=False, **self.how)
-        return x
-
-
-@pytest.mark.parametrize("scheme", ["int8wo", "int8dq"])
-def test_a_checkpointed_base_is_quantized_and_computed_again(scheme: str, graphs: list[Graph]) -> None:
-    model, x, kept = Checkpointed().train(), tokens(500, 64, FP32), []
-    plain = Smooth().train()
-    plain.load_state_dict(model.state_dict())
-    results = []
-    for one in (model, plain):
-        function = compiled(one, {"base.*": scheme})
-        kept.append(sum(t.numel() for t in function(x).grad_fn.saved_tensors if t.is_floating_point()))
-        results.append(train(function, one, x))
-        assert_counts(aoquant_inductor.report(function), 2, 6, no_match=4)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert kept[0] < 0.6 * kept[1], kept
-    model.eval()
-    with torch.no_grad():
-        function = compiled(model, {"base.*": scheme})
-        assert sqnr_db(function(x), plain(x)) > 25
-    assert_counts(aoquant_inductor.report(function), 2, 6, no_match=4)
-
-
-def test_a_checkpoint_draws_the_same_numbers_again() -> None:
-    linear = nn.Linear(64, 32, dtype=FP32).requires_grad_(False)
-
-    def dropped(x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(linear(x), 0.5)
-
-    x = tokens(9, 64, FP32).requires_grad_()
-    function = compiled(lambda x: checkpoint(dropped, x, use_reentrant=False))
-    y = function(x)
-    y.sum().backward()
-    assert_counts(aoquant_inductor.report(function), 1)
-    assert x.grad is not None and 0.3 < float((y != 0).float().mean()) < 0.7
-    assert sqnr_db(x.grad, 2 * (y != 0).double() @ dequantized(linear.weight, resolve("int8wo"))) > 100
-
-
-def test_a_checkpoint_with_a_policy_is_left_and_says_so() -> None:
-    def save_nothing(*_: object, **__: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_RECOMPUTE
-
-    model, x = Checkpointed(partial(create_selective_checkpoint_contexts, save_nothing)).train(), tokens(5, 64, FP32)
-    function = compiled(model, {"base.*": "int8wo"})
-    twin = copy.deepcopy(model)
-    got, want = train(function, model, x), train(twin, twin, x)
-    assert len(got) == 12 and min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > 100
-    assert [layer.reason for layer in aoquant_inductor.report(function).layers if layer.name.startswith("base")] == ["other_op"] * 2
 
 
 def test_bf16_autocast_and_4d(graphs: list[Graph]) -> None:
