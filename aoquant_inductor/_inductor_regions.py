@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from aoquant_inductor._inductor import private
+
 TAGS = ("recompute", "ac_graph_id")  # what AOTAutograd's partitioner reads, and copies from a traced graph
-CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # (body, *inputs)
-REGION = torch.ops.higher_order.invoke_subgraph  # (body, its name, *inputs)
 
 _count = itertools.count()
 
@@ -26,7 +26,7 @@ def inline(gm: fx.GraphModule, targets: Container[Any], recompute: bool) -> None
     computes them again; without a backward there is nothing to save. A checkpoint with a policy of its own (context_fn) stays
     as it is.
     """
-    while found := [node for node in gm.graph.nodes if node.target in (CHECKPOINT, REGION) and _can(gm, node, targets)]:
+    while found := [node for node in gm.graph.nodes if node.target in _regions() and _can(gm, node, targets)]:
         for node in found:
             _inline(gm, node, recompute)
         gm.graph.lint()
@@ -36,6 +36,20 @@ def inline(gm: fx.GraphModule, targets: Container[Any], recompute: bool) -> None
 def tags(node: fx.Node) -> dict[str, Any]:
     """Of a node that stands for another one: whether a backward computes it again."""
     return {key: node.meta[key] for key in TAGS if key in node.meta}
+
+
+class _Regions(NamedTuple):
+    """The ops that call a region: (body, *inputs), and (body, its name, *inputs)."""
+
+    checkpoint: Any
+    nested: Any
+
+
+@functools.cache
+def _regions() -> _Regions:
+    (checkpoint,) = private("torch._higher_order_ops.wrap", "tag_activation_checkpoint")
+    (nested,) = private("torch._higher_order_ops.invoke_subgraph", "invoke_subgraph")
+    return _Regions(checkpoint, nested)
 
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
@@ -52,11 +66,11 @@ def _can(gm: fx.GraphModule, node: fx.Node, targets: Container[Any]) -> bool:
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, recompute: bool) -> None:
-    body, graph, number = _body(gm, node), gm.graph, next(_count)
-    getter, *inputs = node.args if node.target is CHECKPOINT else (node.args[0], *node.args[2:])
-    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    body, graph, getter, number = _body(gm, node), gm.graph, node.args[0], next(_count)
+    start = 2 if node.target is _regions().nested else 1
+    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[start:], strict=True))
     again = tags(node)  # of a region within a checkpoint
-    if recompute and node.target is CHECKPOINT:
+    if recompute and node.target is _regions().checkpoint:
         again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
     with graph.inserting_before(node):
         for inner in body.graph.nodes:

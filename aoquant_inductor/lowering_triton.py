@@ -67,10 +67,15 @@ def default(p: Problem, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Conf
                 return None
             if (config := kernel.config(p, card, row.config)) is not None:
                 return kernel, config
-        if kernel.label and (found := [(us, one, config) for one in kernels for us, config in one.priced(p, card)]):
-            us, one, config = min(found, key=lambda f: f[0])
+        if kernel.label and (found := _priced(p, card, kernels)):
+            us, one, config = found[0]
             return None if portable.us(p, card) < us else (one, config)
     return None
+
+
+def _priced(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[float, Kernel, Config]]:
+    """(microseconds, kernel, config) of all that have a price, the cheapest first."""
+    return sorted(((us, one, config) for one in kernels for us, config in one.priced(p, card)), key=lambda found: found[0])
 
 
 def search(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[Kernel, Config]]:
@@ -78,7 +83,7 @@ def search(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[Kernel, 
     every config whose tile is about as high as there are rows. A compile of what cannot win takes as long as one of the winner.
     """
     first = next((i for i, kernel in enumerate(kernels) if kernel.label), len(kernels))
-    priced = sorted(((us, one, config) for one in kernels for us, config in one.priced(p, card)), key=lambda f: f[0])
+    priced = _priced(p, card, kernels)
     most = (NEAR if card.arch == 90 else NEAR_ELSEWHERE) * priced[0][0] if priced else 0.0
     able = [(one, config) for one in kernels[: first if priced else None] for config in one.able(p, card)]
     rows = 1 << (ir.rows_hint(p.m) - 1).bit_length()

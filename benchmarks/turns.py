@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import IO
 
 READY = "ready to measure"
@@ -39,7 +40,8 @@ def wait() -> None:
 
 
 class _Child:
-    def __init__(self, command: Sequence[str], limit: float, threads: int) -> None:
+    def __init__(self, command: Sequence[str], limit: float, threads: int, told: Callable[[float], object]) -> None:
+        self.told, self.began = told, time.perf_counter()
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe that nobody reads would fill up)
         environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
         self.process = subprocess.Popen(
@@ -61,6 +63,7 @@ class _Child:
             if line.strip() == READY:
                 break
         self.timer.cancel()
+        self.told(time.perf_counter() - self.began)
 
     def result(self) -> str:
         """Lets it measure; the last line that it printed. Raises Failed."""
@@ -89,15 +92,10 @@ def run(
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for start in range(0, len(commands), jobs):
-        began = time.perf_counter()
-        children = [_Child(command, limit, threads) for command in commands[start : start + jobs]]
-
-        def prepare(i: int, children: list[_Child] = children, start: int = start, began: float = began) -> None:
-            children[i].ready()
-            ready(start + i, time.perf_counter() - began)
-
+        batch = enumerate(commands[start : start + jobs], start)
+        children = [_Child(command, limit, threads, partial(ready, which)) for which, command in batch]
         with ThreadPoolExecutor(len(children)) as pool:
-            list(pool.map(prepare, range(len(children))))
+            list(pool.map(_Child.ready, children))
         for child in children:
             try:
                 yield child.result()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, dequantized, run, sqnr_db, tokens
+from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, dequantized, dequantized_twin, run, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor import packing
@@ -117,13 +117,6 @@ class LoRA(nn.Module):
         return x
 
 
-def with_dequantized_base(model: LoRA, scheme: str) -> LoRA:
-    twin = copy.deepcopy(model)
-    for base in twin.base:
-        base.weight.data = dequantized(base.weight, resolve(scheme)).to(base.weight.dtype)
-    return twin
-
-
 def train(function: Callable[..., torch.Tensor], model: LoRA, x: torch.Tensor, steps: int = 3) -> list[torch.Tensor]:
     """The gradients of the first step, then the trained parameters of the last."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -141,7 +134,7 @@ def train(function: Callable[..., torch.Tensor], model: LoRA, x: torch.Tensor, s
 @pytest.mark.parametrize(("scheme", "db"), [("int8wo", 100), ("int4wo-32-asym", 100), ("int8dq", 25), ("int8dq-int4w-32", 25)])
 def test_adapters_train_beside_a_quantized_base(scheme: str, db: float, graphs: list[Graph]) -> None:
     model, x = LoRA().train(), tokens(5, 64, FP32)
-    twin = with_dequantized_base(model, scheme)
+    twin = dequantized_twin(model, scheme, "base")
     base = [linear.weight.clone() for linear in model.base]
     function, packed = compiled(model, {"base.*": scheme}), STORE.packed
     with warnings.catch_warnings(record=True) as caught:
@@ -165,7 +158,7 @@ def test_the_backward_over_the_layouts_of_gpus(scheme: str, layout: str, monkeyp
     """Lowered into the graph."""
     monkeypatch.setattr(packing, "choose", lambda *_: layout)
     model, x = LoRA().train(), tokens(5, 64, FP32)
-    twin = with_dequantized_base(model, scheme)
+    twin = dequantized_twin(model, scheme, "base")
     got, want = train(compiled(model, {"base.*": scheme}), model, x), train(twin, twin, x)
     assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > 100
 
@@ -188,7 +181,7 @@ def test_the_forward_saves_packs_and_no_dense_weight() -> None:
 
 def test_bf16_autocast_and_4d(graphs: list[Graph]) -> None:
     model, x = LoRA(dtype=BF16).eval(), tokens(12, 64).view(2, 2, 3, 64).requires_grad_()
-    twin, y = with_dequantized_base(model, "int8wo"), x.detach().clone().requires_grad_()
+    twin, y = dequantized_twin(model, "int8wo", "base"), x.detach().clone().requires_grad_()
     compiled(model, {"base.*": "int8wo"})(x).float().square().sum().backward()
     twin(y).float().square().sum().backward()
     assert sqnr_db(x.grad, y.grad) > 35  # type: ignore[arg-type]
@@ -204,7 +197,7 @@ def test_blocks_that_share_a_graph_train(graphs: list[Graph]) -> None:
     with torch.no_grad():
         models[3].base[1].weight[0, 0] = float("inf")  # its block stays in full precision, and trains all the same
     for i, model in enumerate(models):
-        twin = with_dequantized_base(model, "int8wo") if i < 3 else copy.deepcopy(model)
+        twin = dequantized_twin(model, "int8wo", "base") if i < 3 else copy.deepcopy(model)
         got, want = train(compiled(model, {"base.*": "int8wo"}), model, x, 1), train(twin, twin, x, 1)
         if i < 3:
             assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > 100, i
@@ -219,7 +212,7 @@ def test_no_grad_after_training_is_inference_with_the_same_packs() -> None:
     train(function, model, x)
     model.eval()
     with torch.no_grad():
-        assert sqnr_db(function(x), with_dequantized_base(model, "int8wo")(x)) > 100
+        assert sqnr_db(function(x), dequantized_twin(model, "int8wo", "base")(x)) > 100
     assert STORE.packed == packed + 2
 
 

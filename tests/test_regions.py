@@ -11,7 +11,7 @@ import torch
 from test_grad import LoRA, train
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from util import FP32, Graph, assert_counts, compiled, dequantized, sqnr_db, tokens
+from util import FP32, Graph, assert_counts, compiled, dequantized, dequantized_twin, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor.scheme import resolve
@@ -97,9 +97,7 @@ class Region(nn.Module):
 @pytest.mark.parametrize("scheme", ["int8wo", "int8dq"])
 def test_every_call_of_a_nested_region_has_its_own_weight(scheme: str, graphs: list[Graph]) -> None:
     model, x = nn.Sequential(*(Region() for _ in range(4)), nn.Linear(64, 8)).eval(), tokens(5, 64, FP32)
-    twin = copy.deepcopy(model)
-    for linear in (module for module in twin.modules() if isinstance(module, nn.Linear)):
-        linear.weight.data = dequantized(linear.weight, resolve(scheme)).to(linear.weight.dtype)
+    twin = dequantized_twin(model, scheme)
     with torch.no_grad():
         function = compiled(model, scheme)
         assert sqnr_db(function(x), twin(x)) > (100 if scheme == "int8wo" else 25)
@@ -126,9 +124,7 @@ class Nested(nn.Module):
 
 def test_regions_within_regions() -> None:
     model, x = Nested(), tokens(5, 64, FP32).requires_grad_()
-    twin = copy.deepcopy(model)
-    for linear in (module for module in twin.modules() if isinstance(module, nn.Linear)):
-        linear.weight.data = dequantized(linear.weight, resolve("int8wo")).to(linear.weight.dtype)
+    twin = dequantized_twin(model, "int8wo")
     function = compiled(model)
     got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (function, twin))
     assert sqnr_db(got, want) > 100

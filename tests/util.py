@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from aoquant_inductor.scheme import resolve
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
 INT8 = resolve("int8wo")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ def dequantized(weight: torch.Tensor, scheme: Scheme = INT8) -> torch.Tensor:
     """float64 [N, K] of what `scheme` makes of the weight as it is now; asks no store, so that a stale pack shows."""
     q = qparams.quantize(weight.detach(), scheme.weight)
     return qparams.dequantize(q.w_q, q.scale, q.zero, scheme.weight.group_size, scheme.weight.zero_point, torch.float64)
+
+
+def dequantized_twin(model: Model, scheme: str, within: str = "") -> Model:
+    """A copy whose linears, of names that begin with `within`, have the weights that `scheme` makes of them."""
+    twin = copy.deepcopy(model)
+    for name, linear in twin.named_modules():
+        if isinstance(linear, nn.Linear) and name.startswith(within):
+            linear.weight.data = dequantized(linear.weight, resolve(scheme)).to(linear.weight.dtype)
+    return twin
 
 
 def from_pack(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

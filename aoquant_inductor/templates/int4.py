@@ -147,8 +147,6 @@ T_GROUPS = Config(128, 64, 128, 4, 3, tma=True)
 
 
 def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
-    if config.tma and p.groups > 1 and p.group_size < 128:
-        config = replace(config, tma=False)
     return replace(config, num_warps=8) if _crowded(p) and config.block_m * config.block_n >= 64 * 128 else config
 
 

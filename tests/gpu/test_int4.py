@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from aoquant_inductor import packing
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import Config, Kernel, int4, linear
+from aoquant_inductor.templates import Config, Kernel, int4
 from benchmarks import render
 
 pytestmark = pytest.mark.gpu
@@ -76,17 +75,3 @@ def test_integers_are_exact(scheme: str, kernel: Kernel, config: Config, tmp_pat
     if all(wrong is None for wrong in found):
         pytest.skip("not a choice here")
     assert not any(found), found
-
-
-@pytest.mark.parametrize(("scheme", "kernel", "config"), [
-    ("int8wo", linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int8wo", linear.GENERAL, Config(64, 64, 128, 4, 3)),
-    ("int4wo-128", int4.SUMS, int4.L_CARRIED), ("int4wo-32-asym", int4.ONE_SUM, int4.L_CARRIED), ("int4wo-128", int4.SUMS, int4.L64),
-])
-def test_a_tail_is_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
-    """Twelve tiles more than the card has multiprocessors, of which each then has many programs."""
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    n = config.block_n * (sms + 12)
-    found = difference(tmp_path, scheme, config.block_m, n, 4096, (kernel, replace(config, split_k=1, tail=1)))
-    if found is None:
-        pytest.skip("not a choice here")
-    assert found == 0

@@ -9,12 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_grad import LoRA, train, with_dequantized_base
+from test_grad import LoRA, train
 from test_instances import Seven
 from test_siblings import Heads
 from test_updates import MODES, UPDATES
 from torch import nn
-from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, from_pack, linear64, sqnr_db, tokens
+from util import (
+    BF16,
+    FP32,
+    Block,
+    Graph,
+    assert_counts,
+    block,
+    compiled,
+    dequantized_twin,
+    from_pack,
+    linear64,
+    sqnr_db,
+    tokens,
+)
 
 import aoquant_inductor
 from aoquant_inductor import ReleasedWeights, packing
@@ -143,7 +156,7 @@ def test_from_a_file_onto_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("scheme", "db"), [("int8wo", 60), ("int4wo-32-asym", 60), ("int8dq", 25)])
 def test_adapters_train(scheme: str, db: float) -> None:
     model, x = LoRA().train().cuda(), tokens(5, 64, FP32).cuda()
-    twin = with_dequantized_base(model, scheme)
+    twin = dequantized_twin(model, scheme, "base")
     function = compiled(model, {"base.*": scheme})
     got, want = train(function, model, x), train(twin, twin, x)
     assert min(sqnr_db(a, b) for a, b in zip(got, want, strict=True)) > db

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from test_int4 import difference
 from torch import nn
 from util import BF16, assert_counts, compiled, from_pack, linear64, sqnr_db
 
 import aoquant_inductor
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import costs
+from aoquant_inductor.templates import Config, Kernel, costs, int4, linear
 
 pytestmark = pytest.mark.gpu
 
@@ -42,3 +45,17 @@ def test_two_streams_and_a_busy_card_get_the_same_sums(name: str) -> None:
     for x, y in zip(xs, alone, strict=True):
         assert sqnr_db(y, linear64(x, model[0], SCHEMES[name], from_pack(model[0].weight, SCHEMES[name]))) >= 45
     assert all(torch.equal(y, want) for ys in got for y, want in zip(ys, alone, strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "kernel", "config"), [
+    ("int8wo", linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int8wo", linear.GENERAL, Config(64, 64, 128, 4, 3)),
+    ("int4wo-128", int4.SUMS, int4.L_CARRIED), ("int4wo-32-asym", int4.ONE_SUM, int4.L_CARRIED), ("int4wo-128", int4.SUMS, int4.L64),
+])
+def test_a_tail_is_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    """Twelve tiles more than the card has multiprocessors, of which each then has many programs."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    n = config.block_n * (sms + 12)
+    found = difference(tmp_path, scheme, config.block_m, n, 4096, (kernel, replace(config, split_k=1, tail=1)))
+    if found is None:
+        pytest.skip("not a choice here")
+    assert found == 0
