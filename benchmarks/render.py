@@ -6,7 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,15 @@ def linear(
 
 @dataclass(frozen=True)
 class Rendered:
-    """`code`: the wrapper module; `names`: what it calls its inputs, in the order of `tensors`."""
+    """`code`: the wrapper module; `names`: what it calls its inputs, in the order of `tensors`; `config`: the one asked for,
+    as it runs.
+    """
 
     op: Op
     tensors: Tensors
     code: str
     names: tuple[str, ...]
+    config: Config | None = None
 
     @property
     def expected(self) -> torch.Tensor:
@@ -74,9 +77,9 @@ def render(op: Op, tensors: Tensors, config: tuple[Kernel, Config] | None = None
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors.values()]
-    with _forced(*config) if config else contextlib.nullcontext():
+    with _forced(*config) if config else contextlib.nullcontext([]) as ran:
         code, names = lower(lambda *args: op(dict(zip(tensors, args, strict=True))), inputs, fake)
-    return Rendered(op, tensors, code, names)
+    return Rendered(op, tensors, code, names, *ran)
 
 
 def lower(run: Callable[..., torch.Tensor], inputs: Sequence[Any], fake: FakeTensorMode) -> tuple[str, tuple[str, ...]]:
@@ -108,14 +111,19 @@ class CannotRun(Exception):
     """The card or the problem is none for this config."""
 
 
-def _forced(kernel: Kernel, config: Config) -> Any:
+@contextlib.contextmanager
+def _forced(kernel: Kernel, config: Config) -> Iterator[list[Config]]:
+    ran = []
+
     def default(p: Any, card: Card, kernels: list[Kernel]) -> tuple[Kernel, Config]:
         able = kernel.config(p, card, config) if kernel.fits(p, card) else None
         if able is None:
             raise CannotRun(f"{kernel.template} {config}")
+        ran[:] = [able]
         return kernel, able
 
-    return mock.patch.object(lowering_triton, "default", default)
+    with mock.patch.object(lowering_triton, "default", default):
+        yield ran
 
 
 def kernel(code: str) -> tuple[str, str, dict[str, str], dict[str, int]]:

@@ -77,6 +77,7 @@ class Built:
     name: str
     path: Path
     options: Mapping[str, int]
+    config: Config
 
 
 def build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built | str:
@@ -95,7 +96,8 @@ def _build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built
     y = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device="meta")
     args, grid = render.call(rendered, name, y)
     function.warmup(*(a.dtype for a in args), grid=grid, **options)
-    return Built(rendered.code, rendered.names, name, Path(function.fn.__code__.co_filename), options)
+    path = Path(function.fn.__code__.co_filename)
+    return Built(rendered.code, rendered.names, name, path, options, rendered.config or config)
 
 
 def _render(op: render.Op, tensors: render.Tensors, kernel: str, config: Config) -> render.Rendered:
@@ -107,6 +109,10 @@ def _render(op: render.Op, tensors: render.Tensors, kernel: str, config: Config)
         except Exception as error:  # Inductor wraps what a lowering raises
             errors.append(error)
     raise errors[0]
+
+
+def _text(config: Config) -> str:
+    return f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
 
 
 def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]], load: float) -> Iterator[dict[str, Any]]:
@@ -128,13 +134,11 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
     layers = [{id(w): w_copy, id(scale): scale.clone().uniform_(*SCALES), id(y): torch.empty_like(y)} for w_copy in copies]
     yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
     for kernel, config, future in built:
-        text = f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
-        row = {"kernel": kernel, "config": text}
+        row = {"kernel": kernel, "config": _text(config)}
         try:
-            b = future.result()
-            if isinstance(b, str):
-                yield {**row, "us": float("inf"), "ratio": 0.0, "note": b}
-                continue
+            if isinstance(b := future.result(), str):
+                raise render.CannotRun(b)
+            row["config"] = _text(b.config)
             for name, values in exact.items():
                 tensors[name].copy_(values)
             y.fill_(float("nan"))
@@ -208,10 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     args = p.parse_args(argv)
     space = runpy.run_path(str(args.space))["SPACE"] if args.space else _own
-    ms = [int(m) for m in args.m.split(",")]
     problems = [
         Problem(s, *shape, m, args.quantizing)
-        for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in ms
+        for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in map(int, args.m.split(","))
     ]
     rows: list[dict[str, Any]] = []
     with (

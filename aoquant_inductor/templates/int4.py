@@ -107,7 +107,7 @@ L256 = _scaled(Config(256, 128, 128, 8, 3))
 L_CARRIED = replace(L256, carried=True, tma=True)
 
 LARGE = (
-    L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), L_CARRIED, replace(L_CARRIED, split_k=FILL),
+    L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), L_CARRIED, replace(L_CARRIED, split_k=FILL), replace(L_CARRIED, tail=1),
     replace(L_CARRIED, block_m=128, split_k=FILL),
 )
 SUMS = Kernel(

@@ -97,8 +97,8 @@ INT8_WEIGHT_ONLY = Kernel(
             replace(config, split_k=split)
             for config in (W16, W32, W64, W64_WIDE, W128, W128_HELD, W256) for split in (1, FILL, FILL_TWICE)
         ),
-        W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL), replace(W_CARRIED, block_m=128, split_k=FILL),
-        replace(W128, carried=True, tma=True, split_k=FILL_TWICE),
+        W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL), replace(W_CARRIED, tail=1),
+        replace(W_CARRIED, block_m=128, split_k=FILL), replace(W128, carried=True, tma=True, split_k=FILL_TWICE),
     ),
     _keywords, _adapt, label="W8A16",
 )
