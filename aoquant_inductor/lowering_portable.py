@@ -147,7 +147,7 @@ def us(p: Problem, card: Card) -> float:
     m = ir.rows_hint(p.m)
     if p.dynamic or m < 64:
         return math.inf
-    return costs.of_writing(p.n, p.k, p.bits) + costs.of_bf16(m, p.n, p.k, card.sms)
+    return costs.of_copy(m, p.n, p.k, p.bits, card.sms)
 
 
 def grad(p: Problem) -> Any:

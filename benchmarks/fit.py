@@ -3,10 +3,10 @@
     us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate), and for split K
        + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
-steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two. one, others: split, tiles; of a large
-tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel, by the least sum of
-|log(model / measured)|. What is printed says how good they are: the time of the config that the model takes over that of the
-fastest one measured.
+steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, of a tail with those before. one,
+others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
+by the least sum of |log(model / measured)|. What is printed says how good they are: the time of the config that the model takes
+over that of the fastest one measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FEWEST = 16  # rows: below, kernels of other kinds run
 @dataclass(frozen=True)
 class Row:
     """One measured config: where, which, its tiles of M x N, the steps of K of a program; of a tail, the tiles that are left,
-    and all steps of a multiprocessor.
+    all steps of a multiprocessor, and how many tiles it had `before`.
     """
 
     problem: tuple[str, str, int, int, int]  # card, scheme, N, K, M
@@ -55,7 +55,7 @@ class Row:
     area: int
     steps: int
     us: float
-    tail: bool = False
+    before: int = 0
 
     @property
     def memory(self) -> float:
@@ -87,10 +87,10 @@ def rows(folder: Path) -> Iterator[Row]:
                 tiles = -(-m // bm) * -(-n // bn)
                 if not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
                     continue
-                each = -(-steps // split)
+                each, before = -(-steps // split), 0
                 if tail:
-                    tiles, each = tiles % SMS, prices.with_tail(tiles, SMS, steps, split)
-                yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, each, us, tail)
+                    before, tiles, each = tiles // SMS, tiles % SMS, prices.with_tail(tiles, SMS, steps, split)
+                yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, each, us, before)
 
 
 def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
@@ -102,24 +102,25 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
+    few = waves + torch.tensor([float(r.before) for r in measured]) <= prices.PAIR
     is_split = torch.tensor([float(r.split > 1) for r in measured])
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
     us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
-    # [start, full, what a step takes more when it has nobody to hide its waits behind, pair]
+    # [start, what a step takes more than pair when it has nobody to hide its waits behind, pair, full]
     first = torch.tensor([3.0, 0.3, 0.3, 0.3]).log().repeat(len(configs), 1)
     raw, split = first.clone(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1)
     raw.requires_grad_(), split.requires_grad_()
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        start, full, alone, pair = raw.exp().unbind(1)
-        cost = torch.stack([start, full * (1 + alone), pair, full], 1)
+        start, alone, pair, full = raw.exp().unbind(1)
+        cost = torch.stack([start, pair * (1 + alone), pair, full], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
         more = is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)
-        work = steps * torch.maximum(step, waves * torch.where(waves <= prices.PAIR, pair, full))
+        work = steps * torch.maximum(step, waves * torch.where(few, pair, full))
         work = (work**NORM + memory**NORM) ** (1 / NORM)
         error = (torch.log(begin + work + more) - us.log()).abs()
         loss = error.mean() + WEIGHT * (raw - first).square().mean()  # where there are few rows
@@ -153,7 +154,7 @@ def fit_cublas(measured: Sequence[Row]) -> list[float]:
 def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) -> None:
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
-        whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory)
+        whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory, r.before)
         if r.split == 1:
             return whole
         return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]))
@@ -162,9 +163,10 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) ->
     for r in measured:
         problems[r.problem].append(r)
     found = []
+    text = lambda r: f"{r.config}{' tail' * bool(r.before)} split {r.split}"  # noqa: E731
     for problem, tried in problems.items():
         taken, best = min(tried, key=modelled), min(tried, key=lambda r: r.us)
-        found.append((taken.us / best.us, problem, *(f"{r.config}{' tail' * r.tail} split {r.split}" for r in (taken, best))))
+        found.append((taken.us / best.us, problem, text(taken), text(best)))
     found.sort(reverse=True)
     print(f"{len(found)} problems: taken / fastest {sum(f[0] for f in found) / len(found):.3f} in the mean; the worst:")
     for ratio, problem, taken, fastest in found[:8]:

@@ -65,12 +65,12 @@ BY_PTXAS = {
         ("int4wo-128", 4096, 14336, 1, "8x16x512 split 4"), ("int4wo-32", 28672, 4096, 1, "16x64x256 scaled"),
         ("int4wo-128", 6144, 4096, 1, "1x4x2048"), ("int4wo-32", 1280, 5120, 1, "1x4x4096"), ("int4wo-128", 896, 896, 1, "8x16x512"),
         ("int8dq", 28672, 4096, 16, "16x64x256 swapped"), ("int8dq", 28672, 4096, 256, "128x128x128"),
-        ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, None),
+        ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, "256x128x128 scaled"),
     ],
     (13, 5): [
         ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried tma"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried tma"),
-        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried tma scaled"), ("int8wo", 28672, 4096, 4096, None),
-        ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
+        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried tma scaled"), ("int8wo", 28672, 4096, 4096, "256x128x64 swapped carried tma tail split 4"),
+        ("int8wo", 1280, 5120, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
     ],
 }
 """What is fastest at (scheme, N, K, M), None where that is the portable lowering; carried sums need the newer ptxas."""
@@ -93,12 +93,21 @@ def key(kernel: Kernel, config: Config) -> Which:
 
 
 def everything_measured(card: Card) -> dict[tuple[str, str, int, int, int], dict[Which, float]]:
-    """(card, scheme, N, K, M) -> microseconds of every config that there is and `card` may run."""
+    """(card, scheme, N, K, M) -> microseconds of every config that there is, that `card` may run and that has no better twin."""
     measured: dict[tuple[str, str, int, int, int], dict[Which, float]] = {}
+    choices: dict[tuple[str, str, int, int, int], set[tuple[str, str]]] = {}
     for row in fit.rows(RESULTS):
-        may = row.label != "bf16" and (row.label, row.config) in costs.costs() and (card.may_carry or "carried" not in row.config)
-        if may and "asym" not in row.problem[1]:
-            measured.setdefault(row.problem, {})[row.label, row.config, row.split, row.tail] = row.us
+        if row.label == "bf16" or "asym" in row.problem[1]:
+            continue
+        if row.problem not in choices:
+            p = problem(*row.problem[1:], card)
+            choices[row.problem] = {
+                (kernel.label, costs.key_of(config).replace("persistent ", ""))
+                for kernel in KERNELS if kernel.label and kernel.fits(p, card)
+                for config in kernel.configs if not kernel.outdone(p, card, config) and (card.may_carry or not config.carried)
+            }
+        if (row.label, row.config) in choices[row.problem]:
+            measured.setdefault(row.problem, {})[row.label, row.config, row.split, row.before > 0] = row.us
     return measured
 
 
@@ -123,9 +132,9 @@ def test_a_search_has_the_fastest_of_everything_measured_and_little_else(ptxas: 
         tried = lowering_triton.search(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
         known = [times[key(*one)] for one in tried if key(*one) in times]
         counts.append(len(tried))
-        if known:
+        if 2 * len(known) > len(tried):  # most of it was measured there
             ratios[of] = min(known) / min(times.values())
-    assert len(ratios) > 250
+    assert len(ratios) > 200
     assert sum(ratios.values()) / len(ratios) < 1.005
     assert max(ratios.values()) < 1.1, max(ratios, key=ratios.__getitem__)
     assert sum(counts) / len(counts) < 8 and max(counts) <= 16, "each is seconds of a compile"

@@ -27,8 +27,8 @@ PAIR = 2  # programs of a multiprocessor
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
-LONG, HOT = 500.0, 1.2
-"""A weight-only kernel of LONG us is slower by HOT than its steps say: more than cuBLAS it draws the card's last watts."""
+BEHIND = 1.05
+"""cuBLAS is slower by it after a kernel that has just written its weight (H200, H100: 1.04 to 1.09): the card's power."""
 
 
 class Cost(NamedTuple):
@@ -41,10 +41,12 @@ class Cost(NamedTuple):
     pair: float
     full: float
 
-    def us(self, programs: int, steps: int, sms: int, memory: float) -> float:
-        """`memory`: microseconds that the weight takes to be read, whatever is done with it."""
+    def us(self, programs: int, steps: int, sms: int, memory: float, before: int = 0) -> float:
+        """`memory`: microseconds that the weight takes to be read, whatever is done with it. before: programs that `steps`
+        has already, one after the other.
+        """
         waves = math.ceil(programs / sms)
-        work = steps * max(self.step, waves * (self.pair if waves <= PAIR else self.full))
+        work = steps * max(self.step, waves * (self.pair if waves + before <= PAIR else self.full))
         return self.start + float((work**NORM + memory**NORM) ** (1 / NORM))
 
 
@@ -100,6 +102,6 @@ def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float
     return start + max(2 * n * k / BYTES_PER_US, -(-k // 64) * m * n / (128 * 128) / sms * full)
 
 
-def of_writing(n: int, k: int, bits: int) -> float:
-    """Microseconds of making bf16 w[N, K] in memory of one with so many bits."""
-    return WRITE_START + n * k * (bits / 8 + 2) / BYTES_PER_US
+def of_copy(m: int, n: int, k: int, bits: int, sms: int) -> float:
+    """Microseconds of making bf16 w[N, K] in memory of one with so many bits, and of cuBLAS with it."""
+    return WRITE_START + n * k * (bits / 8 + 2) / BYTES_PER_US + BEHIND * of_bf16(m, n, k, sms)

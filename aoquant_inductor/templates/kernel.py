@@ -147,8 +147,14 @@ class Kernel:
     def able(self, p: Problem, card: Card) -> Iterator[Config]:
         """Every config that can run here, as it would."""
         for wanted in self.configs:
-            if (config := self.config(p, card, wanted)) is not None:
+            if not self.outdone(p, card, wanted) and (config := self.config(p, card, wanted)) is not None:
                 yield config
+
+    def outdone(self, p: Problem, card: Card, config: Config) -> bool:
+        """Whether the same tile can do without the waits here: 3 to 9 % faster in all that was measured (H200)."""
+        twin = replace(config, carried=True, tma=True, split_k=1)
+        known = twin != replace(config, split_k=1) and any(replace(other, split_k=1) == twin for other in self.configs)
+        return known and self.config(p, card, twin) is not None
 
     def priced(self, p: Problem, card: Card) -> Iterator[tuple[float, Config]]:
         """(microseconds, config) of every config with a price that can run here, in each split of K worth a thought."""
@@ -162,7 +168,7 @@ class Kernel:
             splits[base] = splits.get(base, False) or config.split_k != 1
         for base, may in splits.items():
             # half as high as there are rows, or as high: others were not measured
-            if not min(rows // 2, 64) <= base.block_m <= max(16, rows):
+            if not min(rows // 2, 64) <= base.block_m <= max(16, rows) or self.outdone(p, card, base):
                 continue
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
             for split in (1, 2, 4, 8, 16) if may and not base.tail else (1,):
@@ -176,13 +182,14 @@ class Kernel:
         """The price of `wanted` as it can run."""
         m, memory, known = ir.rows_hint(p.m), p.n * p.k * p.bits / 8 / costs.BYTES_PER_US, costs.costs()
         split, tiles, steps, area = config.split_k, wanted.tiles(m, p.n), wanted.steps(p.k), wanted.block_m * wanted.block_n
-        each = -(-steps // split)
+        each, before = -(-steps // split), 0
         if config.tail:
-            tiles, each = config.rest(m, p.n), costs.with_tail(tiles, config.tail, steps, split)
-        us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory)
+            before, each = tiles // config.tail, costs.with_tail(tiles, config.tail, steps, split)
+            tiles = config.rest(m, p.n)
+        us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory, before)
         if split > 1:
             us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
-        return us * costs.HOT if us > costs.LONG and not p.dynamic else us
+        return us
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
         most = ir.most_rows(p.m)
