@@ -149,6 +149,9 @@ INT4 += [
     ("int8dq-int4w", 70, 70, 400, "(int4.DYNAMIC_ROW, Config(32, 64, 128, 4, 3, tma=True))"),
     ("int8dq-int4w-128-asym-asymact", 70, 70, 400, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, tma=True))"),
     ("int8dq-int4w-asym-asymact", 70, 310, 1104, "(int4.DYNAMIC_ROW, Config(32, 64, 256, 4, 3, tma=True))"),
+    # 147 tiles of 132 programs
+    ("int8dq-int4w-asym-asymact", 200, 1290, 272, "(int4.DYNAMIC_ROW, Config(32, 64, 128, 4, 3, tma=True, programs=1))"),
+    ("int8dq-int4w-128-asym", 200, 1290, 260, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, programs=1))"),
 ]
 INT4 += [
     ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),

@@ -10,7 +10,7 @@ import aoquant_inductor
 
 SCHEMES = ("int8wo", "int8wo-64", "int8dq-asymact", "int4wo-128-asym", "int4wo-32-asym", "int8dq-int4w", "int8dq-int4w-128-asym")
 SHAPES = ((33, 64), (203, 1040), (71, 2112))
-MANY = ("int8dq-asymact", (4231, 1040), 2051)
+MANY = (("int8dq-asymact", "int8dq-int4w"), (4231, 1040), 2051)
 """Tiles enough for programs that each have several."""
 COPIED = (("int8wo", "int8wo-64", "int4wo-128-asym"), (203, 2112), 600)
 """Too few tiles for the card: a copy of the weight in bf16, for cuBLAS."""
@@ -18,8 +18,8 @@ COPIED = (("int8wo", "int8wo-64", "int4wo-128-asym"), (203, 2112), 600)
 
 def main() -> None:
     kernels = set()
-    cases = [*((scheme, SHAPES, (1, 3, 17, 130)) for scheme in SCHEMES), (MANY[0], (MANY[1],), (MANY[2],))]
-    cases += [(scheme, (COPIED[1],), (COPIED[2],)) for scheme in COPIED[0]]
+    cases = [(scheme, SHAPES, (1, 3, 17, 130)) for scheme in SCHEMES]
+    cases += [(scheme, (shape,), (m,)) for schemes, shape, m in (MANY, COPIED) for scheme in schemes]
     for scheme, shapes, ms in cases:
         model = nn.ModuleList(nn.Linear(k, n, device="cuda", dtype=BF16) for n, k in shapes).eval().requires_grad_(False)
         for m in ms:

@@ -71,6 +71,7 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
 @pytest.mark.parametrize(("scheme", "kernel", "config"), CASES, ids=lambda v: str(v) if isinstance(v, Config) else getattr(v, "template", v))
 def test_integers_are_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     sizes = [(max(1, min(config.block_m, 5 if kernel is int4.GEMV else config.block_m) - 1), 203, 4100), (config.block_m, 512, 4096)]
+    sizes += [(2051, 4231, 1040)] if config.programs else []  # tiles enough for programs that each have several
     found = [difference(tmp_path, scheme, m, n, k, (kernel, config)) for m, n, k in sizes]
     if all(wrong is None for wrong in found):
         pytest.skip("not a choice here")
