@@ -1,6 +1,7 @@
 """What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
 
-    us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate), and for split K
+    us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate),
+       + bytes of y / rate where a program has a multiprocessor for itself, and for split K
        + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
 steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, of a tail with those before. one,
@@ -28,6 +29,7 @@ from aoquant_inductor.templates import KERNELS
 from aoquant_inductor.templates import costs as prices
 from aoquant_inductor.templates.costs import BF16, COLUMNS, FILE, NORM, SPLIT_AREA, Cost, key_of, of_bf16, of_split, split_of
 from benchmarks.measure import RESULTS
+from benchmarks.rows import linears
 
 SMS = 132  # of both cards measured
 RATES = {"h100-80gb-hbm3": 3.0e6, "h200": 4.0e6}  # bytes/us that their memory gives
@@ -62,6 +64,11 @@ class Row:
         """Microseconds that the weight takes to be read."""
         card, scheme, n, k, _ = self.problem
         return n * k * resolve(scheme).weight.bits / 8 / RATES[card]
+
+    @property
+    def written(self) -> float:
+        card, _, n, _, m = self.problem
+        return prices.bytes_written(m, n, self.area) / RATES[card]
 
 
 def rows(folder: Path) -> Iterator[Row]:
@@ -107,7 +114,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
-    us, memory = torch.tensor([r.us for r in measured]), torch.tensor([r.memory for r in measured])
+    us, memory, written = (torch.tensor([getattr(r, name) for r in measured]) for name in ("us", "memory", "written"))
     # [start, what a step takes more than pair when it has nobody to hide its waits behind, pair, full]
     first = torch.tensor([3.0, 0.3, 0.3, 0.3]).log().repeat(len(configs), 1)
     raw, split = first.clone(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1)
@@ -118,7 +125,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
         start, alone, pair, full = raw.exp().unbind(1)
         cost = torch.stack([start, pair * (1 + alone), pair, full], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
-        more = is_split * once + parts * (by_one + others * by_all)
+        more = written + is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)
         work = steps * torch.maximum(step, waves * torch.where(few, pair, full))
         work = (work**NORM + memory**NORM) ** (1 / NORM)
@@ -135,11 +142,13 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     return {key: cost[i].tolist() for key, i in place.items()} | splits
 
 
-def fit_cublas(measured: Sequence[Row]) -> list[float]:
-    """[start, 0, 0, full] of cuBLAS's bf16 (costs.of_bf16), by trying a little more and a little less of each."""
+def fit_cublas(folder: Path) -> list[float]:
+    """[start, 0, 0, full] of cuBLAS's bf16 in a graph (costs.of_bf16), by trying a little more and a little less of each."""
+    found = [row for card in RATES for row in linears(folder / f"{card}.linear.csv") if row["scheme"] == "bf16"]
+    measured = [(int(r["m"]), *map(int, r["shape"].split("x")), float(r["value"])) for r in found if int(r["m"]) >= 64]
+
     def loss(cost: Sequence[float]) -> float:
-        errors = (math.log(of_bf16(r.problem[4], r.problem[2], r.problem[3], SMS, Cost(*cost)) / r.us) for r in measured)
-        return sum(map(abs, errors)) / len(measured)
+        return sum(abs(math.log(of_bf16(*of, SMS, Cost(*cost)) / us)) for *of, us in measured) / len(measured)
 
     best = [3.0, 0.0, 0.0, 0.27]
     for scale in (1.5, 1.2, 1.1, 1.05, 1.02, 1.01) * 3:
@@ -154,7 +163,7 @@ def fit_cublas(measured: Sequence[Row]) -> list[float]:
 def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) -> None:
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
-        whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory, r.before)
+        whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory, r.before, r.written)
         if r.split == 1:
             return whole
         return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]))
@@ -184,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     costs = fit(measured)
     judge(measured, costs)
-    costs[BF16] = fit_cublas([r for r in everything if r.label == "bf16" and r.problem[4] >= 64])
+    costs[BF16] = fit_cublas(args.results)
     with args.to.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)

@@ -27,8 +27,8 @@ PAIR = 2  # programs of a multiprocessor
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
-BEHIND = 1.05
-"""cuBLAS is slower by it after a kernel that has just written its weight (H200, H100: 1.04 to 1.09): the card's power."""
+BEHIND = 1.04
+"""cuBLAS is slower by it after a kernel that has just written its weight (H200, H100, in graphs: 1.02 to 1.05)."""
 
 
 class Cost(NamedTuple):
@@ -41,13 +41,13 @@ class Cost(NamedTuple):
     pair: float
     full: float
 
-    def us(self, programs: int, steps: int, sms: int, memory: float, before: int = 0) -> float:
+    def us(self, programs: int, steps: int, sms: int, memory: float, before: int = 0, written: float = 0.0) -> float:
         """`memory`: microseconds that the weight takes to be read, whatever is done with it. before: programs that `steps`
-        has already, one after the other.
+        has already, one after the other. written: microseconds of y that nobody hides.
         """
         waves = math.ceil(programs / sms)
         work = steps * max(self.step, waves * (self.pair if waves + before <= PAIR else self.full))
-        return self.start + float((work**NORM + memory**NORM) ** (1 / NORM))
+        return self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written
 
 
 def key_of(config: Config) -> str:
@@ -80,6 +80,11 @@ def split_of(label: str, area: int) -> tuple[str, str]:
 def shared(split: int, tiles: int, area: int) -> tuple[int, int]:
     """How many parts of a tile a program adds up, and how many programs do so at once."""
     return (1, split * tiles) if sliced(area) else (split, tiles)
+
+
+def bytes_written(m: int, n: int, area: int) -> int:
+    """Of bf16 y[M, N], while no other program of a multiprocessor multiplies."""
+    return 2 * m * n if area >= FULL_AREA else 0
 
 
 def with_tail(tiles: int, at_once: int, steps: int, split: int) -> int:

@@ -171,7 +171,7 @@ G16 = Config(16, 64, 256, 4, 3, split_k=FILL_TWICE)
 DYNAMIC_GROUPS = _dynamic(
     True,
     (
-        G16, D_SMALL, D256, Config(64, 128, 128, 8, 4), Config(64, 128, 256, 4, 3), replace(D_LARGE, tma=True),
+        G16, D_SMALL, D256, Config(64, 128, 128, 8, 4), Config(64, 128, 256, 4, 3),
         Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), T_GROUPS, replace(T_GROUPS, group_m=16),
     ),
     "W4A8 groups",

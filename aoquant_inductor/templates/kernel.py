@@ -186,7 +186,8 @@ class Kernel:
         if config.tail:
             before, each = tiles // config.tail, costs.with_tail(tiles, config.tail, steps, split)
             tiles = config.rest(m, p.n)
-        us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory, before)
+        written = costs.bytes_written(m, p.n, area) / costs.BYTES_PER_US
+        us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory, before, written)
         if split > 1:
             us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
         return us
