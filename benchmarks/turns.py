@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 class Failed(Exception):
-    """A child that gave no result; the message is its last line, or how long it took."""
+    """A child that gave no result; the message is its last error, or how long it took."""
 
 
 def wait() -> None:
@@ -78,7 +79,8 @@ class _Child:
         if self.late:
             raise Failed(f"took more than {self.limit:.0f} s")
         if self.process.returncode:
-            raise Failed((lines or ["no message"])[-1][-300:])
+            named = [line for line in lines if re.match(r"[\w.]*Error\b", line)]  # CUDA's go on with advice
+            raise Failed((named or lines or ["no message"])[-1][-300:])
         return (out.strip().splitlines() or [""])[-1]
 
 
