@@ -34,15 +34,15 @@ def packed(scheme: str) -> Packed:
 def linear(p: Packed, x: Any, t: dict[str, Any], many: bool) -> Any:
     """As a graph writes it for few and for many rows."""
     op, w, scale, key = torch.ops.aoquant, t["w"], t["scale"], p.key
-    if (p.w_dtype == "int4" and not many) or p.layout == "wgmma":
+    if (p.layout == "cuda_bf16" and not many) or p.layout == "wgmma":
         return op.linear_wo(x, w, scale, t.get("zero"), None, *key)
-    if p.w_dtype == "int4":
+    if p.w_dtype == "int4" and p.layout != "cuda_int8":
         w, scale, key = op.requantize(w, scale, t.get("zero"), t["row"], *key, p.int8_key[-1]), t["row"], p.int8_key
     return op.linear_dynamic(*activations.quantize_per_token(x), None, w, scale, None, None, None, *key, x.dtype)
 
 
 @pytest.mark.parametrize("sizes", [{"m": 2}, {"b": 3, "t": 5}], ids=["one size", "two sizes"])
-@pytest.mark.parametrize("scheme", ["int4wo-128-asym-large8", "int8wo", "int8dq"])
+@pytest.mark.parametrize("scheme", ["int4wo-128-asym-large8", "int8wo", "int8dq", "int8dq-int4w"])
 def test_no_range_asks_for_a_guard_that_was_not_asked_for_all(scheme: str, sizes: dict[str, int]) -> None:
     with pretended_gpu():
         p = packed(scheme)
