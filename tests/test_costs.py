@@ -1,0 +1,119 @@
+"""Prices against measurements: what default mode takes and what a search tries, of everything that was measured."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from test_templates import BY_PTXAS, H100, default, problem
+
+from aoquant_inductor import lowering_triton
+from aoquant_inductor.card import Card
+from aoquant_inductor.scheme import SCHEMES
+from aoquant_inductor.templates import KERNELS, Config, Kernel, costs, linear
+from benchmarks import fit
+from benchmarks.measure import RESULTS
+from benchmarks.rows import linears
+
+Which = tuple[str, str, int, bool]
+
+
+def key(kernel: Kernel, config: Config) -> Which:
+    """What a measured row calls it."""
+    return kernel.label, costs.key_of(config).replace("persistent ", ""), config.split_k, config.tail > 0
+
+
+Times = dict[Which, float]
+
+
+def everything_measured(card: Card) -> dict[tuple[str, str, int, int, int], Times]:
+    """(card, scheme, N, K, M) -> microseconds of every config that there is and `card` may run."""
+    measured: dict[tuple[str, str, int, int, int], Times] = {}
+    for row in fit.rows(RESULTS):
+        may = row.label != "bf16" and (row.label, row.config) in costs.costs() and (card.may_carry or "carried" not in row.config)
+        if may and "asym" not in row.problem[1]:
+            measured.setdefault(row.problem, {})[row.label, row.config, row.split, row.before > 0] = row.us
+    return measured
+
+
+def in_graphs() -> dict[tuple[str, str, int, int, int], tuple[str, float]]:
+    """(card, scheme, N, K, M) -> the kernel that a graph of one weight-only linear took, and its microseconds there."""
+    found = {}
+    for card in fit.RATES:
+        for row in linears(RESULTS / f"{card}.linear.csv"):
+            if row["scheme"] in SCHEMES and SCHEMES[row["scheme"]].activation is None:
+                n, k = map(int, row["shape"].split("x"))
+                found[card, row["scheme"], n, k, int(row["m"])] = row["kernel"], float(row["value"])
+    return found
+
+
+def time_of(times: Times, kernel: Kernel, config: Config, in_graph: tuple[str, float]) -> float | None:
+    """What was measured of a config alone, or else in a graph, or, as the most that it takes, of the one that it outdoes."""
+    name, us = in_graph
+    if key(kernel, config) not in times and name.startswith(f"Triton {kernel.template} ") and name.endswith(f" {config}"):
+        return us
+    return times.get(key(kernel, config), times.get(key(kernel, replace(config, carried=False, tma=False))))
+
+
+@pytest.mark.parametrize("ptxas", BY_PTXAS)
+def test_the_default_is_about_the_fastest_of_everything_measured(ptxas: tuple[int, int]) -> None:
+    """Not only where the prices come from: of configs that may run, with what else a default depends on."""
+    card, ratios = replace(H100, ptxas=ptxas), {}
+    for of, times in everything_measured(card).items():
+        found = default(problem(*of[1:], card), card)
+        if found is not None and key(*found) in times:
+            ratios[of] = times[key(*found)] / min(times.values())
+    assert len(ratios) > 200
+    assert sum(ratios.values()) / len(ratios) < 1.02
+    assert max(ratios.values()) < 1.25, max(ratios, key=ratios.__getitem__)
+
+
+@pytest.mark.parametrize("ptxas", BY_PTXAS)
+def test_a_search_has_the_fastest_of_everything_measured_and_little_else(ptxas: tuple[int, int]) -> None:
+    card, ratios, counts, graphs = replace(H100, ptxas=ptxas), {}, [], in_graphs()
+    for of, times in everything_measured(card).items():
+        p = problem(*of[1:], card)
+        tried = lowering_triton.search(p, card, [kernel for kernel in KERNELS if kernel.fits(p, card)])
+        known = [us for one in tried if (us := time_of(times, *one, graphs.get(of, ("", 0.0)))) is not None]
+        counts.append(len(tried))
+        if known:
+            ratios[of] = min(known) / min(times.values())
+    assert len(ratios) > 250
+    assert sum(ratios.values()) / len(ratios) < 1.005
+    assert max(ratios.values()) < 1.1, max(ratios, key=ratios.__getitem__)
+    assert sum(counts) / len(counts) < 8 and max(counts) <= 16, "each is seconds of a compile"
+
+
+def test_a_tail_is_priced_by_the_steps_of_a_multiprocessor() -> None:
+    """192 tiles of 64 steps: 132 at once, then 60 with two programs each."""
+    card = replace(H100, ptxas=(13, 5))
+    p, whole = problem("int8wo", 6144, 4096, 1024, card), linear.W_CARRIED
+    kernel = replace(linear.INT8_WEIGHT_ONLY, configs=(whole, replace(whole, tail=1)))
+    (slow, _), (fast, config) = kernel.priced(p, card)
+    cost = costs.costs()["W8A16", costs.key_of(whole)]
+    read, written = 6144 * 4096 / costs.BYTES_PER_US, 1024 * 6144 * 2 / costs.BYTES_PER_US
+    assert (config.tail, config.split_k) == (132, 2)
+    assert slow == pytest.approx(cost.us(192, 64, 132, read) + written)
+    adding = costs.of_split(2, 60, 256 * 128, 132, costs.costs()["W8A16 sliced", ""])
+    assert fast - adding == pytest.approx(cost.us(132, 96, 132, read) + written) and fast < 0.9 * slow
+
+
+@pytest.mark.parametrize("block", [(64, 32), (64, 64), (256, 128)])  # added up by the last program, by all; with a tail
+def test_a_fit_finds_the_costs_that_times_were_made_of(block: tuple[int, int]) -> None:
+    """By the formula that default mode chooses by: the two are written apart."""
+    true, split = costs.Cost(2.5, 0.4, 0.22, 0.28), costs.Cost(0.8, 0.3, 0.0, 2.0)
+    area, measured = block[0] * block[1], []
+    for n, k, m in itertools.product((896, 4096, 28672), (1280, 4096, 14336), (64, 256, 1024)):
+        tiles, steps = -(-m // block[0]) * -(-n // block[1]), k // 128
+        for parts in (1, 2, 4):
+            row = fit.Row(("h200", "int8dq", n, k, m), "W8A8", "a config", parts, tiles, area, -(-steps // parts), 0.0)
+            if parts > 1 and area >= costs.FULL_AREA and tiles > fit.SMS:
+                whole, rest = divmod(tiles, fit.SMS)
+                row = replace(row, tiles=rest, steps=costs.with_tail(tiles, fit.SMS, steps, parts), before=whole)
+            us = true.us(row.tiles * parts, row.steps, fit.SMS, row.memory, row.before, row.written)
+            measured.append(replace(row, us=us + costs.of_split(parts, row.tiles, area, fit.SMS, split)))
+    assert (area >= costs.FULL_AREA) == any(row.before and row.written for row in measured)
+    found = fit.fit(measured)
+    assert found["W8A8", "a config"] == pytest.approx(true, rel=0.05)
+    assert found[costs.split_of("W8A8", area)] == pytest.approx(split, rel=0.2)
