@@ -59,9 +59,9 @@ class Config:
         return -(-k // (self.block_k * int(dict(self.extra).get("DOTS", 1))))
 
     def rest(self, m: int, n: int) -> int:
-        """The tiles of the tail, 0 where all are."""
+        """The tiles that split_k is for: all, or those of the tail, 0 where no others come before it."""
         tiles = self.tiles(m, n)
-        return tiles % self.tail if tiles > self.tail else 0
+        return tiles if not self.tail else tiles % self.tail if tiles > self.tail else 0
 
     def keywords(self) -> dict[str, Any]:
         sliced = self.split_k > 1 and (self.tail > 0 or costs.sliced(self.block_m * self.block_n))
@@ -185,7 +185,7 @@ class Kernel:
         each, before = -(-steps // split), 0
         if config.tail:
             before, each = tiles // config.tail, costs.with_tail(tiles, config.tail, steps, split)
-            tiles = config.rest(m, p.n)
+        tiles = config.rest(m, p.n)
         written = costs.bytes_written(m, p.n, area) / costs.BYTES_PER_US
         us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory, before, written)
         if split > 1:
@@ -199,8 +199,7 @@ class Kernel:
         keywords = {**common_keywords(p), "FEW": few, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
-            tiles = config.rest(most or 0, p.n) if config.tail else config.tiles(most or 0, p.n)
-            scratch = 4 * config.split_k * tiles * config.block_m * config.block_n
+            scratch = 4 * config.split_k * config.rest(most or 0, p.n) * config.block_m * config.block_n
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
         label = f"Triton {self.template} {kind} {config}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
