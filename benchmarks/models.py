@@ -64,8 +64,10 @@ TINY_VOXTRAL = {
 }
 
 
-def _decode(name: str, batch: int, schemes: tuple[str, ...] = WEIGHT_ONLY, mode: str = GRAPHS) -> Case:
-    return Case(partial(decode, name=name, batch=batch), batch, "token", mode, schemes)
+def _decode(
+    name: str, batch: int, schemes: tuple[str, ...] = WEIGHT_ONLY, mode: str = GRAPHS, attention: str = "sdpa"
+) -> Case:
+    return Case(partial(decode, name=name, batch=batch, attention=attention), batch, "token", mode, schemes)
 
 
 def _prefill(name: str, tokens: int, schemes: tuple[str, ...] = PREFILL) -> Case:
@@ -80,6 +82,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
     {
         "toy": Case(toy, 1, "call", GRAPHS, (*WEIGHT_ONLY, "int8dq")),
         **{f"{short}-decode-{batch}": _decode(name, batch) for short, name in NAMES.items() for batch in (1, 8, 32)},
+        **{f"{short}-decode-32-flex": _decode(name, 32, attention="flex_attention") for short, name in NAMES.items()},
         **{f"{short}-prefill-{count}": _prefill(name, count) for short, name in NAMES.items() for count in (512, 4096)},
         **{f"{short}-generate": _generate(name, 32) for short, name in NAMES.items()},
         "smollm2-decode-1": _decode(SMOLLM, 1, ("int8wo", "int8dq", "int4wo-32-asym")),

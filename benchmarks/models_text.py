@@ -36,8 +36,11 @@ LLMS: Mapping[str, dict[str, Any]] = MappingProxyType(
 )
 
 
-def llm(device: str, name: str) -> nn.Module:
-    """A model of LLMS with random weights, or SMOLLM with its own. Raises demo.weights.WeightsError without a network."""
+def llm(device: str, name: str, attention: str = "sdpa") -> nn.Module:
+    """A model of LLMS with random weights, or SMOLLM with its own. Raises demo.weights.WeightsError without a network.
+
+    attention: transformers' name of how it is computed, for those with random weights.
+    """
     if name == SMOLLM:
         from demo import weights
 
@@ -47,18 +50,21 @@ def llm(device: str, name: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**LLMS[name])
-    return seeded(lambda: AutoModelForCausalLM.from_config(config, dtype=BF16), device)
+    return seeded(lambda: AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation=attention), device)
 
 
 def prompt(device: str, batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, 256, (batch, tokens), device=device, generator=torch.Generator(device).manual_seed(0))
 
 
-def decode(device: str, name: str, batch: int) -> Made:
-    """One token per row with a static cache of CACHE positions, all of which attention reads."""
+def decode(device: str, name: str, batch: int, attention: str = "sdpa") -> Made:
+    """One token per row with a static cache of CACHE positions, all of which attention reads.
+
+    With a static cache transformers' `sdpa` copies the heads of keys and values that queries share; `flex_attention` does not.
+    """
     from transformers import StaticCache
 
-    model: Any = llm(device, name)
+    model: Any = llm(device, name, attention)
     ids = prompt(device, batch, 1)
 
     def bind(compiled: Any) -> Step:
