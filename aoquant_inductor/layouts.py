@@ -4,8 +4,8 @@
 |------------|-----------------------------------------------------------|----------------------------------------------|
 | `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
 | `wgmma`    | int8 [N, K], K in packing_cuda.wgmma_order                | [G, N], as quantized                         |
-| `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | [G, N] up to the padded shape; int zeros bf16 |
-| `cuda_int8` | packing_cuda.py, int4 for int8 activations                | the same                                     |
+| `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | as `cuda_int8`, but packing_cuda.lay_groups of groups below 128 |
+| `cuda_int8` | packing_cuda.py, int4 for int8 activations                | [G, N] up to the padded shape; int zeros bf16 |
 | `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
 | `cpu_vnni` | packing_cpu.py, for vpdpbusd                              | the same                                     |
 
@@ -121,6 +121,11 @@ class Layout:
     signed: bool = False
 
 
+def by_group(t: torch.Tensor) -> torch.Tensor:
+    """A pack's scale or zero as [G, N up to the padded shape], whatever its layout."""
+    return t if t.dim() == 2 else packing_cuda.by_group(t)
+
+
 def _plain_pack(quantized: Quantized, sums: bool) -> Packed:
     spec, w = quantized.spec, quantized.w_q
     n, k = w.shape
@@ -188,6 +193,8 @@ def _cuda(kind: str) -> Layout:
             zero_dtype = torch.bfloat16 if spec.zero_point == "int" else torch.float32  # -8..7 is exact in bf16
             zero = torch.nn.functional.pad(quantized.zero.to(zero_dtype), pad)
         total = packing_cpu.weight_sums(quantized.w_q, scale[:groups], group, n_pad)[None] if sums else None
+        if kind == "cuda_bf16" and groups > 1 and group < packing_cuda.CHUNK:
+            scale, zero = packing_cuda.lay_groups(scale, group), None if zero is None else packing_cuda.lay_groups(zero, group)
         w = packing_cuda.pack(quantized.w_q, kind)
         return Packed(w, scale, zero, total, (n, k), spec.dtype, group, spec.zero_point, kind)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import packing_cuda
 from aoquant_inductor.card import Card
 from aoquant_inductor.layouts import LAYOUTS
 from aoquant_inductor.problem import Problem
@@ -58,12 +59,15 @@ def _values(p: Problem, row: Any = None) -> Callable[[Any, Any], Any]:
     """(ops, (n, k)) -> the dequantized weight there, fp32; with row[1, N] in units of it, as qparams.to_rows."""
     q = _integers(p).make_loader()
     scale = p.scale.make_loader()
+    blocks = len(p.scale.get_size()) > 2
     zero = None if p.zero is None else p.zero.make_loader()
     unit = None if row is None else row.make_loader()
 
     def value(ops: Any, index: Any) -> Any:
         n, k = index
         group = (ir.floor_div(k, p.group_size), n)
+        if blocks:
+            group = packing_cuda.locate_group(*group, p.group_size, ir.floor_div, ir.modulo)
         value, s = (ops.to_dtype(t, F32) for t in (q((n, k)), scale(group)))
         z = None if zero is None else ops.to_dtype(zero(group), F32)
         if unit is not None:

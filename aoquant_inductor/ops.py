@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from aoquant_inductor import activations, packing, qparams
+from aoquant_inductor.layouts import by_group
 
 NAMESPACE = "aoquant"
 _lib = torch.library.Library(NAMESPACE, "DEF")
@@ -36,7 +37,8 @@ _define("requantize", f"(Tensor w, Tensor w_scale, Tensor? w_zero, Tensor row_sc
 def _unpacked(
     w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, k: int, n: int, w_dtype: str, layout: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return packing.unpack(w, k, n, w_dtype, layout), w_scale[:, :n], None if w_zero is None else w_zero[:, :n]
+    zero = None if w_zero is None else by_group(w_zero)[:, :n]
+    return packing.unpack(w, k, n, w_dtype, layout), by_group(w_scale)[:, :n], zero
 
 
 def dequantize(

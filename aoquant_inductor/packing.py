@@ -58,15 +58,16 @@ def join(packs: Sequence[Packed]) -> tuple[Packed, list[Packed]] | None:
     if any(n % LAYOUTS[first.layout].rows for n in rows):
         return None
 
-    def cat(tensors: Sequence[torch.Tensor | None], axis: int) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]:
+    def cat(tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]:
         present = [t for t in tensors if t is not None]
         if not present:
             return None, tensors
+        axis = 0 if present[0] is first.w or present[0].dim() > 2 else 1  # [G, N], or blocks of rows
         whole = torch.cat(present, axis)
         return whole, whole.split([t.shape[axis] for t in present], axis)
 
-    w, w_parts = cat([p.w for p in packs], 0)
-    rest = [cat(tensors, 1) for tensors in zip(*(p.parts[1:] for p in packs), strict=True)]
+    w, w_parts = cat([p.w for p in packs])
+    rest = [cat(tensors) for tensors in zip(*(p.parts[1:] for p in packs), strict=True)]
 
     def like(p: Packed, n: int, *tensors: torch.Tensor | None) -> Packed:
         w, scale, zero, sums, row = tensors

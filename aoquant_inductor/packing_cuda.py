@@ -51,6 +51,19 @@ def pack(w_q: Tensor, kind: str) -> Tensor:
     return rows.permute(0, 2, 3, 1, 6, 4, 7, 5).reshape(2 * blocks, chunks, 8, 64).contiguous().view(torch.int32)
 
 
+def lay_groups(t: Tensor, group_size: int) -> Tensor:
+    """scale or zero t[G, n_pad] of groups of 32 or 64 -> [n_pad / 16, k_pad / 128, 8, 128 / group_size, 2]: what a thread wants of
+    a chunk, two rows with all their groups, side by side.
+    """
+    some = CHUNK // group_size
+    return t.view(-1, some, t.shape[1] // ROWS, ROWS // 2, 2).permute(2, 0, 3, 1, 4).contiguous()
+
+
+def by_group(t: Tensor) -> Tensor:
+    """The inverse of `lay_groups`: t[G, n_pad]."""
+    return t.permute(1, 3, 0, 2, 4).reshape(-1, t.shape[0] * ROWS)
+
+
 def unpack(packed: Tensor, n: int, k: int, kind: str) -> Tensor:
     """The inverse of `pack`: w_q[n, k] int8."""
     blocks, chunks = packed.shape[0] // 2, packed.shape[1]
@@ -84,3 +97,9 @@ def locate(kind: str, n: Any, k: Any, div: Callable[..., Any], mod: Callable[...
     if kind == "cuda_int8":
         return (block, chunk, row, mod(k, 64)), 4 * bit(k, 64, 2)
     return (block, chunk, row, bit(k, 2, 4) * 4 + bit(k, 32, 4)), 4 * bit(k, 8, 2) + 8 * bit(k, 16, 2) + 16 * mod(k, 2)
+
+
+def locate_group(group: Any, n: Any, group_size: int, div: Callable[..., Any], mod: Callable[..., Any]) -> tuple[Any, ...]:
+    """The index of row n's scale of a group in `lay_groups`; both may be symbols."""
+    some = CHUNK // group_size
+    return div(n, ROWS), div(group, some), div(mod(n, ROWS), 2), mod(group, some), mod(n, 2)

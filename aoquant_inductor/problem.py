@@ -85,7 +85,8 @@ class Problem:
 
     @property
     def groups(self) -> int:
-        return int(self.scale.get_size()[0])
+        size = self.scale.get_size()
+        return int(size[0] if len(size) == 2 else size[1] * size[3])  # packing_cuda.lay_groups
 
     @property
     def zero_point(self) -> str:

@@ -11,7 +11,7 @@ from util import BF16, FP16, FP32, Block, Graph, assert_counts, compiled, from_p
 
 import aoquant_inductor
 from aoquant_inductor import lowering, packing, packing_cpu, qparams
-from aoquant_inductor.layouts import Packed
+from aoquant_inductor.layouts import Packed, by_group
 from aoquant_inductor.scheme import LARGE_M, SCHEMES, Scheme, resolve
 from aoquant_inductor.weights import STORE
 
@@ -53,8 +53,8 @@ def test_the_int8_weight_is_the_int4_weight_but_for_its_rounding(name: str, layo
         weight[0] = 0
         p = pack_of(weight, scheme, layout)
         q = packing.unpack(p.w, k, n, p.w_dtype, layout)
-        zero = None if p.zero is None else p.zero[:, :n]
-        want = qparams.dequantize(q, p.scale[:, :n], zero, p.group_size or None, p.zero_point, torch.float64)
+        zero = None if p.zero is None else by_group(p.zero)[:, :n]
+        want = qparams.dequantize(q, by_group(p.scale)[:, :n], zero, p.group_size or None, p.zero_point, torch.float64)
         got = rows_of(p, requantize(p))
         assert p.row is not None
         assert ((got - want).abs() <= 0.5001 * p.row[:, :n].t()).all(), (n, k)

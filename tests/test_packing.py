@@ -6,8 +6,8 @@ import pytest
 import torch
 from util import BF16, FP16, FP32, sqnr_db
 
-from aoquant_inductor import packing, qparams
-from aoquant_inductor.layouts import LAYOUTS
+from aoquant_inductor import packing, packing_cuda, qparams
+from aoquant_inductor.layouts import LAYOUTS, by_group
 from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 
 SHAPES = [(1, 1), (7, 31), (65, 33), (16, 128), (130, 257), (3, 576)]
@@ -38,8 +38,8 @@ def test_unpack_is_the_inverse_and_the_values_are_kept(scheme: Scheme, layout: s
         assert torch.equal(q, quantized.w_q), (n, k)
         assert p.shape == (n, k)
         # scale and zero as the op reads them: with the pack's own convention the values are the quantized ones
-        zero = None if p.zero is None else p.zero[:, :n]
-        got = qparams.dequantize(q, p.scale[:, :n], zero, p.group_size or None, p.zero_point, torch.float64)
+        zero = None if p.zero is None else by_group(p.zero)[:, :n]
+        got = qparams.dequantize(q, by_group(p.scale)[:, :n], zero, p.group_size or None, p.zero_point, torch.float64)
         spec = scheme.weight
         want = qparams.dequantize(
             quantized.w_q, quantized.scale, quantized.zero, spec.group_size, spec.zero_point, torch.float64
@@ -99,3 +99,15 @@ def test_int4_of_the_plain_layout_has_the_even_k_low() -> None:
         torch.zeros(()), torch.zeros(()),
     )
     assert packing.pack(q, SCHEMES["int4wo-row"], "plain").w.tolist() == [[0 | 15 << 4, 9 | 8 << 4]]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_groups_within_a_chunk_lie_side_by_side(size: int) -> None:
+    n, k = 48, 384
+    t = torch.arange(k // size * n).view(k // size, n)
+    laid = packing_cuda.lay_groups(t, size)
+    assert laid.shape == (n // 16, k // 128, 8, 128 // size, 2) and laid.is_contiguous()
+    assert torch.equal(by_group(laid), t)
+    for group, row in ((0, 0), (k // size - 1, n - 1), (3, 17), (4, 30)):
+        place = packing_cuda.locate_group(group, row, size, lambda a, b: a // b, lambda a, b: a % b)
+        assert laid[place] == t[group, row]

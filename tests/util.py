@@ -13,6 +13,7 @@ from torch import nn
 
 import aoquant_inductor
 from aoquant_inductor import Scheme, activations, packing, packing_cpu, qparams
+from aoquant_inductor.layouts import by_group
 from aoquant_inductor.report import Report
 from aoquant_inductor.scheme import resolve
 
@@ -82,8 +83,8 @@ def from_pack(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     _, packed, _ = STORE.pack(weight, scheme, packing.choose(scheme, weight.device, weight.dtype, weight.shape))
     n, k = packed.shape
     q = packing.unpack(packed.w, k, n, packed.w_dtype, packed.layout)
-    zero = None if packed.zero is None else packed.zero[:, :n]
-    return qparams.dequantize(q, packed.scale[:, :n], zero, packed.group_size or None, packed.zero_point, torch.float64)
+    zero = None if packed.zero is None else by_group(packed.zero)[:, :n]
+    return qparams.dequantize(q, by_group(packed.scale)[:, :n], zero, packed.group_size or None, packed.zero_point, torch.float64)
 
 
 def activation(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:

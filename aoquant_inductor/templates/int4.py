@@ -30,9 +30,13 @@ def keywords(p: Problem, config: Config) -> dict[str, Any]:
     }
 
 
-def _gemv_fits(p: Problem, card: Card) -> bool:
+def _few(p: Problem) -> bool:
     m = ir.static(p.m)
-    return p.layout == "cuda_bf16" and m is not None and m <= 8 and (p.groups == 1 or p.group_size % 128 == 0)
+    return p.layout == "cuda_bf16" and m is not None and m <= 8
+
+
+def _gemv_fits(p: Problem, card: Card) -> bool:
+    return _few(p) and (p.groups == 1 or p.group_size >= 128)
 
 
 def _gemv_adapt(p: Problem, config: Config) -> Config | None:
@@ -57,18 +61,32 @@ GEMV = Kernel(
 )
 
 
+# Groups within a chunk have dots of their own, which is faster than int4_linear (H200, 28672x4096) for two groups of 64 (21.7 us
+# at M = 1, not 25.4), and for four with zeros (28.8 us at M = 4, not 32.4); for four without it is 1 us behind.
+GEMV_64, GEMV_32 = Config(8, 32, 256, 2, 1), Config(8, 16, 128, 1, 1)
+GEMV_HALVES = Kernel(
+    "int4_gemv", lambda p, card: _few(p) and p.groups > 1 and p.group_size == 64 and p.zero is None,
+    (GEMV_64, Config(8, 16, 256, 1, 1, split_k=16 * FILL)),
+    keywords, _gemv_adapt, (Default(GEMV_64, upto=4, waves=5),),
+)
+GEMV_QUARTERS = Kernel(
+    "int4_gemv", lambda p, card: _few(p) and p.groups > 1 and p.group_size == 32 and p.zero is not None,
+    (GEMV_32,), keywords, _gemv_adapt, (Default(GEMV_32, upto=4, waves=10),),
+)
+
+
 def _fma_fits(p: Problem, card: Card) -> bool:
-    """Not a scale and a zero for every word, which int4_linear is faster with."""
-    crowded = p.zero is not None and p.groups > 1 and p.group_size < 128
-    return p.layout == "cuda_bf16" and ir.static(p.m) == 1 and not crowded
+    return p.layout == "cuda_bf16" and ir.static(p.m) == 1
 
 
 def _fma_adapt(p: Problem, config: Config) -> Config | None:
     _, k_pad = packing_cuda.padded_shape(p.n, p.k)
-    return None if (p.n % 16 and config.block_n % 16) or k_pad < config.block_k else config
+    # a scale and a zero for every word of a row: not for so many rows
+    crowded = config.block_n > 4 and p.zero is not None and p.groups > 1 and p.group_size < 128
+    return None if (p.n % 16 and config.block_n % 16) or k_pad < config.block_k or crowded else config
 
 
-# One token and a small weight, where int4_gemv splits K: .5 to 2 us faster (H200), and slower where the weight is larger.
+# One token and a small weight, where the others split K: .5 to 2 us faster (H200), and slower where the weight is larger.
 SMALL = 1 << 25
 FMA_FULL, FMA_HALF, FMA_SHORT = (Config(1, 4, 1024 * warps, warps, 1) for warps in (4, 2, 1))
 FMA = Kernel(
@@ -176,4 +194,4 @@ DYNAMIC_GROUPS = _dynamic(
     ),
     "W4A8 groups",
 )
-KERNELS = (FMA, GEMV, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
+KERNELS = (FMA, GEMV, GEMV_HALVES, GEMV_QUARTERS, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)

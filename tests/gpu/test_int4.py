@@ -17,8 +17,13 @@ from benchmarks import render
 pytestmark = pytest.mark.gpu
 
 SCHEMES_OF = {
-    int4.FMA: ("int4wo-128", "int4wo-32", "int4wo-64", "int4wo-256-asym", "int4wo-row-asym", "int4wo-128-asymfloat"),
+    int4.FMA: (
+        "int4wo-128", "int4wo-32", "int4wo-64", "int4wo-256-asym", "int4wo-row-asym", "int4wo-128-asymfloat", "int4wo-32-asym",
+        "int4wo-64-asymfloat",
+    ),
     int4.GEMV: ("int4wo-128", "int4wo-256-asym", "int4wo-row-asym", "int4wo-128-asymfloat"),
+    int4.GEMV_HALVES: ("int4wo-64",),
+    int4.GEMV_QUARTERS: ("int4wo-32-asym", "int4wo-32-asymfloat"),
     int4.SUMS: ("int4wo-128", "int4wo-128-asym", "int4wo-256"),
     int4.ONE_SUM: ("int4wo-32-asym", "int4wo-64", "int4wo-row-asym", "int4wo-128-asymfloat"),
     int4.DYNAMIC_ROW: ("int8dq-int4w", "int8dq-int4w-asym-asymact"),
@@ -70,7 +75,7 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
 
 @pytest.mark.parametrize(("scheme", "kernel", "config"), CASES, ids=lambda v: str(v) if isinstance(v, Config) else getattr(v, "template", v))
 def test_integers_are_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
-    sizes = [(max(1, min(config.block_m, 5 if kernel is int4.GEMV else config.block_m) - 1), 203, 4100), (config.block_m, 512, 4096)]
+    sizes = [(max(1, min(config.block_m, 5 if kernel.template == "int4_gemv" else config.block_m) - 1), 203, 4100), (config.block_m, 512, 4096)]
     sizes += [(2051, 4231, 1040)] if config.programs else []  # tiles enough for programs that each have several
     found = [difference(tmp_path, scheme, m, n, k, (kernel, config)) for m, n, k in sizes]
     if all(wrong is None for wrong in found):
