@@ -4,8 +4,8 @@
 |------------|-----------------------------------------------------------|----------------------------------------------|
 | `plain`    | int8 [N, K]; int4: uint8 [N, ceil(K / 2)], q + 8, even k low | [G, N], as quantized                      |
 | `wgmma`    | int8 [N, K], K in packing_cuda.wgmma_order                | [G, N], as quantized                         |
-| `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | as `cuda_int8`, but packing_cuda.lay_groups of groups below 128 |
 | `cuda_int8` | packing_cuda.py, int4 for int8 activations                | [G, N] up to the padded shape; int zeros bf16 |
+| `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | the same; of groups below 128 as lay_groups  |
 | `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
 | `cpu_vnni` | packing_cpu.py, for vpdpbusd                              | the same                                     |
 

@@ -52,8 +52,8 @@ def pack(w_q: Tensor, kind: str) -> Tensor:
 
 
 def lay_groups(t: Tensor, group_size: int) -> Tensor:
-    """scale or zero t[G, n_pad] of groups of 32 or 64 -> [n_pad / 16, k_pad / 128, 8, 128 / group_size, 2]: what a thread wants of
-    a chunk, two rows with all their groups, side by side.
+    """scale or zero t[G, n_pad] of groups of 32 or 64 -> [n_pad / 16, k_pad / 128, 8, 128 / group_size, 2]: side by side what
+    a thread wants of a chunk, two rows with all their groups.
     """
     some = CHUNK // group_size
     return t.view(-1, some, t.shape[1] // ROWS, ROWS // 2, 2).permute(2, 0, 3, 1, 4).contiguous()

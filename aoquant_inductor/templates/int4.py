@@ -61,8 +61,8 @@ GEMV = Kernel(
 )
 
 
-# Groups within a chunk have dots of their own, which is faster than int4_linear (H200, 28672x4096) for two groups of 64 (21.7 us
-# at M = 1, not 25.4), and for four with zeros (28.8 us at M = 4, not 32.4); for four without it is 1 us behind.
+# Groups within a chunk have dots of their own: faster than int4_linear (H200, 28672x4096) for two of 64 (21.7 us at M = 1, not
+# 25.4), and for four with zeros (28.8 us at M = 4, not 32.4); for four without them 1 us behind.
 GEMV_64, GEMV_32 = Config(8, 32, 256, 2, 1), Config(8, 16, 128, 1, 1)
 GEMV_HALVES = Kernel(
     "int4_gemv", lambda p, card: _few(p) and p.groups > 1 and p.group_size == 64 and p.zero is None,
