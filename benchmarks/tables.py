@@ -164,7 +164,10 @@ def profiles() -> str:
     return markdown(["launches and share of", "scheme", "in all", *makers], table) + "".join(sources)
 
 
-FIRST = ("qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-prefill-512", "sam-encoder", "voxtral", "dit")
+FIRST = (
+    "qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-decode-32-flex", "llama-prefill-512", "sam-encoder", "voxtral",
+    "dit",
+)
 
 
 def _last(rows: Sequence[Row], case: str) -> str:
