@@ -157,7 +157,7 @@ INT4 += [
 INT4 += [
     ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
     ("int4wo-32", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1, split_k=2))"), ("int4wo-row-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
-    ("int4wo-32-asym", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1))"), ("int4wo-64-asymfloat", 1, 48, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
+    ("int4wo-32-asym", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1))"), ("int4wo-64-asymfloat", 1, 48, 2048, "(int4.FMA, Config(1, 4, 2048, 2, 1))"),
     ("int4wo-64", 3, 96, 1100, "(int4.GEMV_HALVES, int4.GEMV_64)"), ("int4wo-32-asym", 4, 40, 1100, "(int4.GEMV_QUARTERS, Config(8, 16, 256, 2, 1))"),
     ("int4wo-32-asymfloat", 2, 40, 1100, "(int4.GEMV_QUARTERS, int4.GEMV_32)"),
     ("int4wo-64", 1, 48, 2048, "(int4.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
