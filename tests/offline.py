@@ -253,3 +253,10 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
 
     with pretended_gpu():
         return render_module.render(op, tensors)
+
+
+def crowded(scheme: str, kernel: Kernel, config: Config) -> bool:
+    """Whether the kernel has no such config for the scheme: more zeros than registers."""
+    return (kernel.template, scheme, config.block_n) == ("int4_fma", "int4wo-32-asym", 8) or (
+        (kernel.template, scheme, config.num_warps) == ("int4_gemv", "int4wo-32-asymfloat", 1) and config.block_k > 128
+    )

@@ -58,10 +58,10 @@ def distinct(kernel: Kernel) -> list[Config]:
 FAST = (
     ("int8dq", 256, linear.INT8_DYNAMIC), ("int8dq", 256, linear.PERSISTENT), ("int8dq-asymact", 256, linear.PERSISTENT), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL),
     ("int4wo-128", 1, int4.GEMV), ("int4wo-128", 1, int4.FMA), ("int4wo-32", 1, int4.FMA),
-    ("int4wo-32-asym", 1, int4.FMA), ("int4wo-64", 1, int4.GEMV_HALVES), ("int4wo-32-asym", 1, int4.GEMV_QUARTERS), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
+    ("int4wo-32-asym", 1, int4.FMA), ("int4wo-128-asym", 1, int4.GEMV), ("int4wo-64", 1, int4.GEMV_GROUPS), ("int4wo-32-asym", 1, int4.GEMV_GROUPS), ("int4wo-32-asymfloat", 1, int4.GEMV_GROUPS), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
     ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
 )
-CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried and (scheme, config.block_n) != ("int4wo-32-asym", 8)]
+CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried and not offline.crowded(scheme, kernel, config)]
 CONFIGS += [("int8wo-128", 64, linear.INT8_WEIGHT_ONLY, config) for config in (linear.W16, linear.W64_WIDE, linear.W128)]
 
 
@@ -130,8 +130,8 @@ CASES = [
 ]
 FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo", "bfloat16", 1, 70, 1024), ("int8wo-128", "bfloat16", 1, 33, 512), ("int8wo", "float16", 2, 35, 704), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
 INT4 = [
-    ("int4wo-128", 3, 40, 400, None), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
-    ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-128-asym", 20, 70, 400, None),
+    ("int4wo-128", 3, 40, 400, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
+    ("int4wo-256-asymfloat", 4, 40, 600, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-row-asym", 3, 33, 300, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 20, 70, 400, None),
     ("int4wo-128", 20, 70, 1100, "(int4.SUMS, Config(16, 64, 256, 4, 3, split_k=2))"), ("int4wo-row-asym", 9, 70, 400, None),
     ("int4wo-32-asym", 20, 70, 400, None), ("int4wo-64-asymfloat", 5, 70, 400, None),
     ("int4wo-128-asym", 50, 70, 1100, "(int4.SUMS, Config(64, 64, 128, 4, 3, split_k=4))"),
@@ -158,8 +158,8 @@ INT4 += [
     ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
     ("int4wo-32", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1, split_k=2))"), ("int4wo-row-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1, split_k=2))"),
     ("int4wo-32-asym", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1))"), ("int4wo-64-asymfloat", 1, 48, 2048, "(int4.FMA, Config(1, 4, 2048, 2, 1))"),
-    ("int4wo-64", 3, 96, 1100, "(int4.GEMV_HALVES, int4.GEMV_64)"), ("int4wo-32-asym", 4, 40, 1100, "(int4.GEMV_QUARTERS, Config(8, 16, 256, 2, 1))"),
-    ("int4wo-32-asymfloat", 2, 40, 1100, "(int4.GEMV_QUARTERS, int4.GEMV_32)"),
+    ("int4wo-64", 3, 96, 1100, "(int4.GEMV_GROUPS, int4.GEMV_PAIR)"), ("int4wo-32-asym", 4, 40, 1100, "(int4.GEMV_GROUPS, int4.GEMV_WIDE)"),
+    ("int4wo-32-asymfloat", 2, 40, 1100, "(int4.GEMV_GROUPS, int4.GEMV_SHORT)"),
     ("int4wo-64", 1, 48, 2048, "(int4.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
     ("int4wo-row", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
     ("int4wo-128", 40, 70, 1104, "(int4.SUMS, Config(32, 64, 128, 4, 3, tma=True))"),
