@@ -74,8 +74,9 @@ def _prefill(name: str, tokens: int, schemes: tuple[str, ...] = PREFILL) -> Case
     return Case(partial(prefill, name=name, tokens=tokens), tokens, "token", DEFAULT, schemes)
 
 
-def _generate(name: str, tokens: int, schemes: tuple[str, ...] = WEIGHT_ONLY, mode: str = GRAPHS) -> Case:
-    return Case(partial(generate, name=name, tokens=tokens), tokens, "token", mode, schemes, blockwise="parts")
+def _generate(name: str, tokens: int, schemes: tuple[str, ...] = WEIGHT_ONLY) -> Case:
+    """Without CUDA graphs: their trees refuse what generate() holds from one step to the next, in bf16, too."""
+    return Case(partial(generate, name=name, tokens=tokens), tokens, "token", DEFAULT, schemes, blockwise="parts")
 
 
 CASES: Mapping[str, Case] = MappingProxyType(
@@ -101,7 +102,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
             partial(voxtral, tokens=384, config=TINY_VOXTRAL), 30, "second of audio", DEFAULT, (VOXTRAL,), mixed=HALVES
         ),
         "tiny-decode": _decode("tiny", 1, ("int8wo",), DEFAULT),
-        "tiny-generate": _generate("tiny", 4, ("int8wo",), DEFAULT),
+        "tiny-generate": _generate("tiny", 4, ("int8wo",)),
         "tiny-dit": Case(
             partial(dit, depth=3, width=64, heads=4, tokens=16), 1, "step", DEFAULT, ("int8dq",), blockwise="blocks"
         ),
