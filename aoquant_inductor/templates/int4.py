@@ -30,11 +30,16 @@ def keywords(p: Problem, config: Config) -> dict[str, Any]:
     }
 
 
+def _small_groups(p: Problem) -> bool:
+    """Several in a chunk of K, whose scales lie as packing_cuda.lay_groups."""
+    return p.groups > 1 and p.group_size < packing_cuda.CHUNK
+
+
 def _gemv_adapt(p: Problem, config: Config) -> Config | None:
     n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
     # a float zero for every word does not fit beside two chunks of a single warp's
-    small_groups = p.zero is not None and p.groups > 1 and p.group_size < 128
-    full = small_groups and p.zero_point == "float" and config.num_warps == 1 and config.block_k > 128
+    zeros = _small_groups(p) and p.zero is not None and p.zero_point == "float"
+    full = zeros and config.num_warps == 1 and config.block_k > packing_cuda.CHUNK
     return None if n_pad % config.block_n or k_pad < config.block_k or full else config
 
 
@@ -43,11 +48,10 @@ GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
 GEMV_SHORT = Config(8, 16, 128, 1, 1)
 
 
-def _gemv(groups_in_a_chunk: bool, defaults: tuple[Default, ...]) -> Kernel:
+def _gemv(small_groups: bool, defaults: tuple[Default, ...]) -> Kernel:
     def fits(p: Problem, card: Card) -> bool:
         m = ir.static(p.m)
-        some = p.groups > 1 and p.group_size < packing_cuda.CHUNK
-        return p.layout == "cuda_bf16" and m is not None and m <= 8 and some == groups_in_a_chunk
+        return p.layout == "cuda_bf16" and m is not None and m <= 8 and _small_groups(p) == small_groups
 
     configs = (
         GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
@@ -56,10 +60,10 @@ def _gemv(groups_in_a_chunk: bool, defaults: tuple[Default, ...]) -> Kernel:
     return Kernel("int4_gemv", fits, configs, keywords, _gemv_adapt, defaults)
 
 
-# Two to four tokens: with tiles enough 32 rows at once are 2 us ahead of int4_linear, and else about as much behind (H200).
-FEW = (Default(GEMV_PAIR, upto=4, waves=3), Default(GEMV_FULL, upto=1), Default(GEMV_SHORT, upto=1))
-GEMV = _gemv(False, (Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=1, waves=6), *FEW))
-GEMV_GROUPS = _gemv(True, FEW)
+# Two to four tokens (H200): with enough tiles 32 rows at once are 2 us ahead of int4_linear; a split of K is .5 us behind it.
+FEW_TOKENS = (Default(GEMV_PAIR, upto=4, waves=3), Default(GEMV_FULL, upto=1), Default(GEMV_SHORT, upto=1))
+GEMV = _gemv(False, (Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=1, waves=6), *FEW_TOKENS))
+GEMV_GROUPS = _gemv(True, FEW_TOKENS)
 
 
 def _fma_fits(p: Problem, card: Card) -> bool:
@@ -69,7 +73,7 @@ def _fma_fits(p: Problem, card: Card) -> bool:
 def _fma_adapt(p: Problem, config: Config) -> Config | None:
     _, k_pad = packing_cuda.padded_shape(p.n, p.k)
     # a scale and a zero for every word of a row: not for so many rows
-    crowded = config.block_n > 4 and p.zero is not None and p.groups > 1 and p.group_size < 128
+    crowded = config.block_n > 4 and p.zero is not None and _small_groups(p)
     return None if (p.n % 16 and config.block_n % 16) or k_pad < config.block_k or crowded else config
 
 
