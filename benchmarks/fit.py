@@ -1,8 +1,8 @@
 """What a config costs, of everything that benchmarks/tune.py measured: benchmarks/results/*.tune.csv -> templates/costs.csv.
 
     us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate),
-       + bytes of y / rate where a program has a multiprocessor for itself, and for split K
-       + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
+       + bytes of y / rate where a program has a multiprocessor for itself, all of it times costs.HEAT where it is long,
+       and for split K + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
 steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, of a tail with those before. one,
 others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
@@ -125,11 +125,13 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
         start, alone, pair, full = raw.exp().unbind(1)
         cost = torch.stack([start, pair * (1 + alone), pair, full], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
-        more = written + is_split * once + parts * (by_one + others * by_all)
+        more = is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)
         work = steps * torch.maximum(step, waves * torch.where(few, pair, full))
         work = (work**NORM + memory**NORM) ** (1 / NORM)
-        error = (torch.log(begin + work + more) - us.log()).abs()
+        cool = begin + work + written
+        hot = cool * (1 + prices.HEAT * (cool / prices.HEAT_FROM - 1).clamp(0, 1))
+        error = (torch.log(hot + more) - us.log()).abs()
         loss = error.mean() + WEIGHT * (raw - first).square().mean()  # where there are few rows
         optimizer.zero_grad()
         loss.backward()

@@ -27,6 +27,10 @@ PAIR = 2  # programs of a multiprocessor
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
+HEAT, HEAT_FROM = 0.06, 700.0
+"""What keeps the card busy for longer than so many us meets its power limit: up to so much slower, at twice the time (H200:
+weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says). cuBLAS's rows, of graphs, have it in them.
+"""
 BEHIND = 1.04
 """cuBLAS is slower by it after a kernel that has just written its weight (H200, H100, in graphs: 1.02 to 1.05)."""
 
@@ -47,7 +51,8 @@ class Cost(NamedTuple):
         """
         waves = math.ceil(programs / sms)
         work = steps * max(self.step, waves * (self.pair if waves + before <= PAIR else self.full))
-        return self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written
+        us = self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written
+        return us * (1 + HEAT * min(1.0, max(0.0, us / HEAT_FROM - 1)))
 
 
 def key_of(config: Config) -> str:
