@@ -29,7 +29,7 @@ BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
 HEAT, HEAT_FROM = 0.06, 700.0
 """What keeps the card busy for longer than so many us meets its power limit: up to so much slower, at twice the time (H200:
-weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says). cuBLAS's rows, of graphs, have it in them.
+weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says). cuBLAS's rows have it in them.
 """
 BEHIND = 1.04
 """cuBLAS is slower by it after a kernel that has just written its weight (H200, H100, in graphs: 1.02 to 1.05)."""
