@@ -57,21 +57,26 @@ def prompt(device: str, batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, 256, (batch, tokens), device=device, generator=torch.Generator(device).manual_seed(0))
 
 
+def static_cache(config: Any, batch: int, positions: int, device: torch.device) -> Any:
+    """A cache that has its tensors: a compiled graph that made them would own them."""
+    from transformers import StaticCache
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = StaticCache(config=config, max_cache_len=positions)
+    cache.early_initialization(batch, config.num_key_value_heads, head_dim, BF16, device)
+    return cache
+
+
 def decode(device: str, name: str, batch: int, attention: str = "sdpa") -> Made:
     """One token per row with a static cache of CACHE positions, all of which attention reads.
 
     With a static cache transformers' `sdpa` copies the heads of keys and values that queries share; `flex_attention` does not.
     """
-    from transformers import StaticCache
-
     model: Any = llm(device, name, attention)
     ids = prompt(device, batch, 1)
 
     def bind(compiled: Any) -> Step:
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        cache = StaticCache(config=config, max_cache_len=CACHE)
-        cache.early_initialization(batch, config.num_key_value_heads, head_dim, BF16, ids.device)
+        cache = static_cache(model.config, batch, CACHE, ids.device)
         position = torch.full((batch, 1), CACHE // 4, device=device)
         done = 0
 
@@ -117,12 +122,17 @@ def generate(device: str, name: str, tokens: int, start: int = 16) -> Made:
     ids = prompt(device, 1, start)
     settings = {
         "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "disable_compile": True,
-        "cache_implementation": "static", "output_logits": True, "return_dict_in_generate": True,
+        "output_logits": True, "return_dict_in_generate": True,
     }
 
     def bind(compiled: Any) -> Step:
+        cache = static_cache(model.config, 1, start + tokens, ids.device)
+        mask = torch.ones_like(ids)
+
         def step() -> torch.Tensor:
-            logits: torch.Tensor = compiled.parts[0].generate(ids, attention_mask=torch.ones_like(ids), **settings).logits[0]
+            cache.reset()
+            found = compiled.parts[0].generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+            logits: torch.Tensor = found.logits[0]
             return logits
 
         return step
