@@ -75,7 +75,7 @@ def _prefill(name: str, tokens: int, schemes: tuple[str, ...] = PREFILL) -> Case
 
 
 def _generate(name: str, tokens: int, schemes: tuple[str, ...] = WEIGHT_ONLY) -> Case:
-    """In default mode: CUDA graph trees refused a cache that a graph had made, in bf16, too; with one made before: not tried."""
+    """In default mode: CUDA graph trees refused a cache made by a graph, in bf16, too. One made before it is not tried."""
     return Case(partial(generate, name=name, tokens=tokens), tokens, "token", DEFAULT, schemes, blockwise="parts")
 
 
