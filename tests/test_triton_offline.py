@@ -58,7 +58,7 @@ def distinct(kernel: Kernel) -> list[Config]:
 FAST = (
     ("int8dq", 256, linear.INT8_DYNAMIC), ("int8dq", 256, linear.PERSISTENT), ("int8dq-asymact", 256, linear.PERSISTENT), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL),
     ("int4wo-128", 1, int4.GEMV), ("int4wo-128", 1, int4.FMA), ("int4wo-32", 1, int4.FMA),
-    ("int4wo-32-asym", 1, int4.FMA), ("int4wo-128-asym", 1, int4.GEMV), ("int4wo-64", 1, int4.GEMV_GROUPS), ("int4wo-32-asym", 1, int4.GEMV_GROUPS), ("int4wo-32-asymfloat", 1, int4.GEMV_GROUPS), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
+    ("int4wo-32-asym", 1, int4.FMA), ("int4wo-128-asym", 1, int4.GEMV), ("int4wo-128-asymfloat", 1, int4.GEMV_FLOAT), ("int4wo-64", 1, int4.GEMV_GROUPS), ("int4wo-32-asym", 1, int4.GEMV_GROUPS), ("int4wo-32-asymfloat", 1, int4.GEMV_GROUPS), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
     ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
 )
 CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried and not offline.crowded(scheme, kernel, config)]
@@ -130,8 +130,8 @@ CASES = [
 ]
 FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo", "bfloat16", 1, 70, 1024), ("int8wo-128", "bfloat16", 1, 33, 512), ("int8wo", "float16", 2, 35, 704), ("int8wo-128", "float16", 2, 33, 512), ("int8wo", "float16", 3, 33, 528)]
 INT4 = [
-    ("int4wo-128", 3, 40, 400, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
-    ("int4wo-256-asymfloat", 4, 40, 600, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-row-asym", 3, 33, 300, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 20, 70, 400, None),
+    ("int4wo-128", 3, 40, 400, None), ("int4wo-128", 3, 40, 400, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
+    ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-row-asym", 3, 33, 300, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 20, 70, 400, None),
     ("int4wo-128", 20, 70, 1100, "(int4.SUMS, Config(16, 64, 256, 4, 3, split_k=2))"), ("int4wo-row-asym", 9, 70, 400, None),
     ("int4wo-32-asym", 20, 70, 400, None), ("int4wo-64-asymfloat", 5, 70, 400, None),
     ("int4wo-128-asym", 50, 70, 1100, "(int4.SUMS, Config(64, 64, 128, 4, 3, split_k=4))"),

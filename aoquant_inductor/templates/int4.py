@@ -5,6 +5,7 @@ A wide weight has tiles for every multiprocessor; a narrower one splits K until 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,7 @@ def _small_groups(p: Problem) -> bool:
 def _gemv_adapt(p: Problem, config: Config) -> Config | None:
     n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
     # a float zero for every word does not fit beside two chunks of a single warp's
-    zeros = _small_groups(p) and p.zero is not None and p.zero_point == "float"
+    zeros = _small_groups(p) and _float_zeros(p)
     full = zeros and config.num_warps == 1 and config.block_k > packing_cuda.CHUNK
     return None if n_pad % config.block_n or k_pad < config.block_k or full else config
 
@@ -48,10 +49,15 @@ GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
 GEMV_SHORT = Config(8, 16, 128, 1, 1)
 
 
-def _gemv(small_groups: bool, defaults: tuple[Default, ...]) -> Kernel:
+def _float_zeros(p: Problem) -> bool:
+    """A zero off the grid for each of several groups."""
+    return p.groups > 1 and p.zero is not None and p.zero_point == "float"
+
+
+def _gemv(wanted: Callable[[Problem], bool], *defaults: Default) -> Kernel:
     def fits(p: Problem, card: Card) -> bool:
         m = ir.static(p.m)
-        return p.layout == "cuda_bf16" and m is not None and m <= 8 and _small_groups(p) == small_groups
+        return p.layout == "cuda_bf16" and m is not None and m <= 8 and wanted(p)
 
     configs = (
         GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
@@ -62,8 +68,14 @@ def _gemv(small_groups: bool, defaults: tuple[Default, ...]) -> Kernel:
 
 # Two to four tokens (H200): with enough tiles 32 rows at once are 2 us ahead of int4_linear; a split of K is .5 us behind it.
 FEW_TOKENS = (Default(GEMV_PAIR, upto=4, waves=3), Default(GEMV_FULL, upto=1), Default(GEMV_SHORT, upto=1))
-GEMV = _gemv(False, (Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=1, waves=6), *FEW_TOKENS))
-GEMV_GROUPS = _gemv(True, FEW_TOKENS)
+LM_HEAD = Default(GEMV_SHORT, upto=4, waves=40)
+GEMV = _gemv(lambda p: not _small_groups(p) and not _float_zeros(p), LM_HEAD, Default(GEMV_WIDE, upto=1, waves=6), *FEW_TOKENS)
+GEMV_GROUPS = _gemv(_small_groups, *FEW_TOKENS)
+# int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums
+GEMV_FLOAT = _gemv(
+    lambda p: not _small_groups(p) and _float_zeros(p),
+    LM_HEAD, Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4), Default(GEMV_SHORT, upto=4),
+)
 
 
 def _fma_fits(p: Problem, card: Card) -> bool:
@@ -94,7 +106,7 @@ def _one_sum(p: Problem) -> bool:
     """Whether all groups are summed up in one accumulator: there is one, or their scales cannot wait for the sum over a group,
     which is smaller than a dot, or has a zero off the grid.
     """
-    return p.groups == 1 or p.group_size < 128 or (p.zero is not None and p.zero_point == "float")
+    return p.groups == 1 or _small_groups(p) or _float_zeros(p)
 
 
 def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
@@ -185,4 +197,4 @@ DYNAMIC_GROUPS = _dynamic(
     ),
     "W4A8 groups",
 )
-KERNELS = (FMA, GEMV, GEMV_GROUPS, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
+KERNELS = (FMA, GEMV, GEMV_GROUPS, GEMV_FLOAT, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
