@@ -77,12 +77,13 @@ def _seconds(step: Step, count: int, device: str) -> float:
     return time.perf_counter() - start
 
 
-def run(name: str, scheme: str, device: str, reference: Path, seconds: float, ready: Callable[[], None]) -> dict[str, Any]:
-    """One row, in this process; `ready` is called when all is compiled."""
+def run(
+    name: str, scheme: str, device: str, mode: str, reference: Path, seconds: float, ready: Callable[[], None]
+) -> dict[str, Any]:
+    """One row, in this process; `ready` is called when all is compiled. mode: torch.compile's."""
     import aoquant_inductor  # noqa: F401  (registers the backend in a source tree)
 
     case = CASES[name]
-    mode = case.mode if device == "cuda" else "default"
     model, bind = case.make(device)
     linear_bytes = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
     if device == "cuda":
@@ -134,7 +135,8 @@ def child(name: str, scheme: str, args: Any, reference: Path) -> list[str]:
     """The command that measures one row and prints it."""
     return [
         sys.executable, "-m", "benchmarks.bench_model", "--child", name, scheme, "--device", args.device,
-        "--seconds", str(args.seconds), "--reference", str(reference), "--threads", str(args.threads),
+        "--mode", args.mode or (CASES[name].mode if args.device == "cuda" else "default"), "--seconds", str(args.seconds),
+        "--reference", str(reference), "--threads", str(args.threads),
     ]
 
 
@@ -161,13 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=0, schemes=())
     p.add_argument("--cases", default="toy,qwen-decode-1,sam-block,dit", help=f"of {', '.join(CASES)} (default: %(default)s)")
     p.add_argument("--peers", action="store_true", help="torchao's matching schemes too")
+    p.add_argument("--mode", default="", help="of torch.compile, for all (default: the case's; on a CPU `default`)")
     p.add_argument("--seconds", type=float, default=2.0, help="of timed steps per row (default: %(default)s)")
     turns.arguments(p)
     p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     p.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = cli.parse(p, argv)
     if args.child:
-        print(json.dumps(run(*args.child, args.device, args.reference, args.seconds, turns.wait)))
+        print(json.dumps(run(*args.child, args.device, args.mode, args.reference, args.seconds, turns.wait)))
         return 0
     rows: list[dict[str, Any]] = []
     refused = []
