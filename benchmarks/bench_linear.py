@@ -4,7 +4,8 @@ cpu: CPU time of one thread, weights and x in whatever cache they fit (they are 
      default mode, so is ours.
 cuda: device time inside a CUDA graph over copies of the layer, all in one compiled graph, that hold more than the L2 cache.
      bf16 is compiled in default mode and with max-autotune-no-cudagraphs, and the faster one is what the ratios are against;
-     ours in default mode, without a search, or with --search too.
+     ours in default mode, without a search, or with --search too. Each is timed after a tenth of a second of itself, as in a
+     model made of it: one that is at the card's power limit is slower then, one behind it faster.
 Every M is a static compile of its own, and every problem a process of its own, `--jobs` of which compile at once; measured
 is one at a time. torchao (--peers) is compiled with max-autotune-no-cudagraphs, where it has the scheme.
 """

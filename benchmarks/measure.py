@@ -1,7 +1,8 @@
 """Clocks and result rows that every benchmark shares.
 
 All clocks visit the functions round-robin, each round starting with another one, so that drift (clock, other people's
-processes) hits all of them alike. Times are microseconds per call.
+processes) hits all of them alike. A GPU's clock runs a function for LOAD seconds before it reads: a card at its power limit is
+as fast as what it does lets it be, and the function before must not count. Times are microseconds per call.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Times = dict[str, list[float]]
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+LOAD, VISITS = 0.1, 3
 
 
 # ---- clocks --------------------------------------------------------------------------------------------------------------
@@ -80,35 +82,42 @@ def host_time(functions: Mapping[str, Call], inner: int, reps: int) -> Times:
     return _clock(functions, inner, reps, time.perf_counter_ns, torch.cuda.synchronize)
 
 
-def gpu_time(functions: Mapping[str, Sequence[Call]], inner: int, reps: int) -> Times:
+def gpu_time(functions: Mapping[str, Sequence[Call]], inner: int, reps: int, load: float = LOAD, visits: int = VISITS) -> Times:
     """Device time per call: one CUDA graph calls every copy of a function once, and is replayed `inner` times.
 
-    The copies must hold more weights than the L2 cache (60 MB on an H200), or the weights come from there.
+    Each function is read in `visits` rounds, `reps` times in all or a few more, each round after `load` seconds of it. The
+    copies must hold more weights than the L2 cache (60 MB on an H200), or the weights come from there.
     """
-    graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    for name, copies in functions.items():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for function in (*copies, *copies):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for function in copies:
-                function()
+    graphs = {name: _captured(copies) for name, copies in functions.items()}
     times: Times = {name: [] for name in functions}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for name in (*functions, *_rounds(list(functions), reps)):  # the first visit of each is the warm-up
-        graphs[name].replay()
-        start.record()
-        for _ in range(inner):
+    for name in _rounds(list(functions), visits):
+        until = time.perf_counter() + load
+        while time.perf_counter() < until:
             graphs[name].replay()
-        end.record()
-        torch.cuda.synchronize()
-        times[name].append(start.elapsed_time(end) * 1e3 / inner / len(functions[name]))
-    return {name: series[1:] for name, series in times.items()}
+            torch.cuda.synchronize()
+        for _ in range(-(-reps // visits)):
+            start.record()
+            for _ in range(inner):
+                graphs[name].replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / inner / len(functions[name]))
+    return times
+
+
+def _captured(copies: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for function in (*copies, *copies):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        for function in copies:
+            function()
+    return graph
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------------

@@ -75,8 +75,7 @@ def _prefill(name: str, tokens: int, schemes: tuple[str, ...] = PREFILL) -> Case
 
 
 def _generate(name: str, tokens: int, schemes: tuple[str, ...] = WEIGHT_ONLY) -> Case:
-    """In default mode: CUDA graph trees refused a cache made by a graph, in bf16, too. One made before it is not tried."""
-    return Case(partial(generate, name=name, tokens=tokens), tokens, "token", DEFAULT, schemes, blockwise="parts")
+    return Case(partial(generate, name=name, tokens=tokens), tokens, "token", GRAPHS, schemes, blockwise="parts")
 
 
 CASES: Mapping[str, Case] = MappingProxyType(

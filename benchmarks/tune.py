@@ -16,7 +16,6 @@ import runpy
 import statistics
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -170,28 +169,8 @@ def _randomize(tensors: render.Tensors) -> None:
 
 
 def _time(calls: Sequence[Any], load: float, reps: int = 7) -> float:
-    """Microseconds per call inside a CUDA graph that has been replayed for `load` seconds."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    until = time.perf_counter() + load
-    while time.perf_counter() < until:
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(reps):
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+    """Microseconds per call after `load` seconds of them."""
+    return statistics.median(measure.gpu_time({"": calls}, 1, reps, load, visits=1)[""])
 
 
 def _own(problem: Problem) -> Space:

@@ -68,7 +68,7 @@ class Config:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
             "SWAP": self.swap, "SPLIT_K": self.split_k, "TAIL": self.tail, "CARRIED": self.carried, "PROGRAMS": self.programs,
-            "TMA": self.tma, "SLICE_M": self.block_m // self.split_k if sliced else self.block_m,
+            "TMA": self.tma, "SLICE_M": max(8, self.block_m // self.split_k) if sliced else self.block_m,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 

@@ -62,8 +62,8 @@ D_LARGE = Config(128, 128, 128, 4, 3, group_m=16)
 INT8_DYNAMIC = Kernel(
     "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
     (
-        *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64, D256) for split in (1, FILL, FILL_TWICE)),
-        D512, replace(D512, split_k=FILL), D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True),
+        *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64) for split in (1, FILL, FILL_TWICE)),
+        D256, D512, replace(D512, split_k=FILL), D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True),
         Config(128, 64, 128, 4, 4),
     ),
     _keywords, _adapt, label="W8A8",
