@@ -70,7 +70,8 @@ BY_PTXAS = {
         ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried tma"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried tma"),
         ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried tma scaled"), ("int8wo", 28672, 4096, 4096, None),
         ("int4wo-128", 28672, 4096, 4096, None), ("int8wo", 18944, 3584, 256, "256x128x64 swapped carried tma tail split 8"),
-        ("int8wo", 1280, 5120, 1024, None), ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
+        ("int8wo", 1280, 5120, 1024, None), ("int8wo", 896, 4864, 1024, "256x128x64 swapped carried tma split 4"),
+        ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
     ],
 }
 """What is fastest at (scheme, N, K, M), None where that is the portable lowering; carried sums need the newer ptxas."""

@@ -82,9 +82,9 @@ def split_of(label: str, area: int) -> tuple[str, str]:
     return f"{label} {'sliced' if sliced(area) else 'split'}", ""
 
 
-def shared(split: int, tiles: int, area: int) -> tuple[int, int]:
-    """How many parts of a tile a program adds up, and how many programs do so at once."""
-    return (1, split * tiles) if sliced(area) else (split, tiles)
+def shared(split: int, tiles: int, area: int) -> tuple[float, int]:
+    """How many parts of a tile a program adds up, and how many programs do so at once. Of rows of its own, all but its own."""
+    return (1 - 1 / split, split * tiles) if sliced(area) else (split, tiles)
 
 
 def bytes_written(m: int, n: int, area: int) -> int:
