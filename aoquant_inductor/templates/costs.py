@@ -29,7 +29,7 @@ BYTES_PER_US = 3.3e6  # of memory
 WRITE_START = 2.5  # us
 HEAT, HEAT_FROM = 0.06, 700.0
 """What keeps the card busy for longer than so many us meets its power limit: up to so much slower, at twice the time (H200:
-weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says). cuBLAS's rows have it in them.
+weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says, cuBLAS's 1.05 to 1.1).
 """
 BEHIND = 1.04
 """cuBLAS is slower by it after a kernel that has just written its weight (H200, H100, in graphs: 1.02 to 1.05)."""
@@ -51,8 +51,11 @@ class Cost(NamedTuple):
         """
         waves = math.ceil(programs / sms)
         work = steps * max(self.step, waves * (self.pair if waves + before <= PAIR else self.full))
-        us = self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written
-        return us * (1 + HEAT * min(1.0, max(0.0, us / HEAT_FROM - 1)))
+        return heated(self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written)
+
+
+def heated(us: float) -> float:
+    return us * (1 + HEAT * min(1.0, max(0.0, us / HEAT_FROM - 1)))
 
 
 def key_of(config: Config) -> str:
@@ -109,7 +112,7 @@ def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
 def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:
     """Microseconds of cuBLAS for bf16 x[M, K] and w[N, K]: it has a tile for every shape, so that there are parts of waves."""
     start, _, _, full = cost or costs()[BF16]
-    return start + max(2 * n * k / BYTES_PER_US, -(-k // 64) * m * n / (128 * 128) / sms * full)
+    return heated(start + max(2 * n * k / BYTES_PER_US, -(-k // 64) * m * n / (128 * 128) / sms * full))
 
 
 def of_copy(m: int, n: int, k: int, bits: int, sms: int) -> float:

@@ -83,6 +83,7 @@ W16 = Config(16, 64, 128, 4, 4, swap=True)
 W32 = Config(32, 64, 128, 4, 4, swap=True)
 W64 = Config(64, 64, 128, 4, 4, swap=True)
 W64_WIDE = Config(64, 128, 128, 8, 4, swap=True)
+W64_CARRIED = Config(64, 128, 128, 4, 3, swap=True, carried=True)  # 6 % faster at 28672x4096 (H200), less so by TMA
 W128 = Config(128, 64, 128, 4, 3, swap=True)
 HELD = (("HELD", True),)
 W128_HELD = replace(W128, extra=HELD)
@@ -97,7 +98,8 @@ INT8_WEIGHT_ONLY = Kernel(
             replace(config, split_k=split)
             for config in (W16, W32, W64, W64_WIDE, W128, W128_HELD, W256) for split in (1, FILL, FILL_TWICE)
         ),
-        W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL), replace(W_CARRIED, tail=1),
+        replace(W64_CARRIED, split_k=FILL_TWICE), W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL),
+        replace(W_CARRIED, tail=1),
         replace(W_CARRIED, block_m=128, split_k=FILL), replace(W128, carried=True, tma=True, split_k=FILL_TWICE),
     ),
     _keywords, _adapt, label="W8A16",
