@@ -50,7 +50,7 @@ def toy(device: str) -> Made:
 
 
 WEIGHT_ONLY = ("int8wo", "int4wo-128")
-PREFILL = ("int8dq", "int8dq-int4w", "int4wo-128")
+PREFILL = ("int8dq", "int8dq-int4w", "int4wo-128", "int4wo-128-large8")
 FAST, GRAPHS, DEFAULT = "max-autotune-no-cudagraphs", "reduce-overhead", "default"
 NAMES = {"qwen": "qwen2.5-0.5b", "llama": "llama3.1-8b"}
 VOXTRAL = "int8dq + int4wo-32"

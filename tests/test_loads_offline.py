@@ -1,8 +1,9 @@
-"""How wide the loads of a Triton kernel are, by its PTX, without a GPU."""
+"""How a Triton kernel loads and stores, by its PTX, without a GPU."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ if torch.cuda.is_available():
 
 import offline
 
-from aoquant_inductor.templates import Config, Kernel, int4
+from aoquant_inductor.templates import Config, Kernel, int4, linear
 
 
 @pytest.mark.parametrize(("scheme", "kernel", "config", "loads"), [
@@ -26,3 +27,18 @@ def test_the_scales_of_a_chunk_are_one_load(scheme: str, kernel: Kernel, config:
     ptx = str(offline.assemble(rendered.code, tmp_path).asm["ptx"])
     # weights and x have a policy of eviction, scales and zeros have none
     assert set(re.findall(r"ld\.global\.((?:v\d\.)?b\d+)", ptx)) == loads
+
+
+@pytest.mark.parametrize(("scheme", "kernel", "config"), [
+    ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W16, split_k=4)), ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W64, split_k=16)),
+    ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W128, split_k=2)), ("int8dq", linear.INT8_DYNAMIC, replace(linear.D64_WIDE, split_k=4)),
+    ("int4wo-128", int4.SUMS, replace(int4.L16, split_k=8)), ("int4wo-128", int4.SUMS, replace(int4.L128_WIDE, split_k=2)),
+    ("int8dq-int4w", int4.DYNAMIC_ROW, replace(int4.D_SMALL, split_k=2)),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_a_part_of_a_sum_goes_to_memory_as_the_tensor_core_holds_it(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    """16 bytes of a thread at once, and nothing through shared memory or between threads before it is counted."""
+    rendered = offline.render(scheme, config.block_m, 256, 4096, torch.bfloat16, bias=False, config=(kernel, config))
+    ptx = str(offline.assemble(rendered.code, tmp_path).asm["ptx"])
+    stores, _ = ptx[ptx.rindex("wgmma.wait_group") :].split("atom.", 1)
+    assert not re.search(r"[sl][td]\.shared|stmatrix|shfl", stores), stores
+    assert re.findall(r"st\.global\.(\S+)", stores) == ["v4.b32"] * (config.block_m * config.block_n // (128 * config.num_warps))

@@ -68,8 +68,10 @@ BY_PTXAS = {
     ],
     (13, 5): [
         ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried tma"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried tma"),
-        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried tma scaled"), ("int8wo", 28672, 4096, 4096, None),
-        ("int4wo-128", 28672, 4096, 4096, None), ("int8wo", 18944, 3584, 256, "256x128x64 swapped carried tma tail split 8"),
+        ("int4wo-128", 4096, 14336, 1024, "256x128x128 carried tma scaled"), ("int8wo", 28672, 4096, 64, "64x128x128 swapped carried"),
+        ("int8wo", 28672, 4096, 4096, "256x128x64 swapped carried tma tail split 4"),
+        ("int4wo-128", 28672, 4096, 4096, "256x128x128 carried tma scaled tail split 4"), ("int4wo-128", 4096, 4096, 512, "128x128x128 carried tma scaled"),
+        ("int8wo", 18944, 3584, 256, "256x128x64 swapped carried tma tail split 8"),
         ("int8wo", 1280, 5120, 1024, None), ("int8wo", 896, 4864, 1024, "256x128x64 swapped carried tma split 4"),
         ("int4wo-128", 1280, 5120, 1024, None),  # no tiles for every multiprocessor
     ],

@@ -111,17 +111,19 @@ def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
 SPLIT = "(linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=4))"
 SWAPPED = "(linear.GENERAL, Config(32, 64, 128, 4, 3, swap=True, split_k=2))"
 HELD = SWAPPED.replace("))", ", extra=(('HELD', True),)))")
-# tiles that their programs add up together; one after the other, as the interpreter runs them, all leave it to the last
-SLICED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, split_k=4))"
-SLICED_SWAPPED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, swap=True, split_k=2))"
+# tiles that their programs add up together; one after the other, as the interpreter runs them, all leave it to the last. SHORT: more
+# programs than blocks of 8 rows
+UNSLICED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, split_k=4))"
+SLICED = "(linear.GENERAL, Config(64, 64, 128, 4, 3, swap=True, split_k=4))"
+SLICED_SHORT = "(linear.GENERAL, Config(32, 128, 64, 4, 3, swap=True, split_k=8))"
 # 169 tiles, 37 more than 132 multiprocessors have at once
 TAIL, TAIL_SWAPPED = (f"(linear.GENERAL, Config(32, 32, 128, 4, 3, swap={swap}, split_k=2, tail=1))" for swap in (False, True))
 DOTS = "(linear.GENERAL, Config(32, 64, 64, 4, 2, swap=True, split_k=2, extra=(('DOTS', 2),)))"
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
           ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD),
           ("int8dq-asymact", "float16", 390, 400, 1025, TAIL), ("int8wo", "float16", 390, 400, 1024, TAIL_SWAPPED),
-          ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SWAPPED),
-          ("int8wo", "float16", 33, 70, 1024, SLICED_SWAPPED), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
+          ("int8dq-asymact", "float16", 70, 70, 1025, UNSLICED), ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SHORT),
+          ("int8wo", "float16", 33, 70, 1024, SLICED), ("int8wo", "float16", 33, 170, 1024, SLICED_SHORT), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 CASES = [
     ("int8wo", "float16", 5, 33, 65), ("int8wo-32", "float32", 3, 40, 33), ("int8dq", "float16", 5, 70, 129),
     ("int8dq-asymact", "float32", 3, 33, 31), ("int4wo-32-asym", "float16", 5, 33, 129), ("int4wo-32-asymfloat", "float32", 2, 20, 70),
