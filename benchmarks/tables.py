@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -68,10 +69,9 @@ def linear(card: str, *names: str) -> str:
     rows = linears(path)
     ms = sorted({int(row["m"]) for row in rows})
     found = {(row["shape"], row["scheme"], int(row["m"])): row for row in rows}
-    table = []
-    for shape, scheme in dict.fromkeys((row["shape"], row["scheme"]) for row in rows):
-        if scheme not in ("bf16", *names):
-            continue
+    table, order = [], ("bf16", *names)
+    shown = {(row["shape"], row["scheme"]) for row in rows if row["scheme"] in order}
+    for shape, scheme in sorted(shown, key=lambda of: (-math.prod(map(int, of[0].split("x"))), of[0], order.index(of[1]))):
         cells = [found.get((shape, scheme, m)) for m in ms]
         if scheme == "bf16":
             table.append([f"**{shape}**, bf16, us", *("-" if c is None else f"{float(c['value']):.1f}" for c in cells)])
@@ -165,8 +165,8 @@ def profiles() -> str:
 
 
 FIRST = (
-    "qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-decode-32-flex", "llama-prefill-512", "sam-encoder", "voxtral",
-    "dit",
+    "qwen-decode-1", "llama-decode-1", "llama-decode-32", "llama-decode-32-flex", "llama-generate", "llama-prefill-4096",
+    "sam-encoder", "voxtral", "dit",
 )
 
 
