@@ -15,11 +15,12 @@ from torch import nn
 
 from aoquant_inductor import options as options_module
 from aoquant_inductor import packing, progress, qparams, release, rewrite
+from aoquant_inductor.entry import Entry
 from aoquant_inductor.errors import CheckpointError, NothingQuantized
 from aoquant_inductor.names import Names
 from aoquant_inductor.report import SKIPPED, Layer, Report
 from aoquant_inductor.scheme import Scheme
-from aoquant_inductor.weights import STORE, Entry
+from aoquant_inductor.weights import STORE
 
 Places = list[tuple[nn.Module, str, str]]
 """Where one tensor is registered: (module, key in it, full name)."""

@@ -17,11 +17,12 @@ import torch
 from torch import fx, nn
 
 from aoquant_inductor import native
+from aoquant_inductor.entry import Entry, Release
 from aoquant_inductor.errors import OptionError, ReleasedWeights
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.report import KEPT, RELEASED, Layer
-from aoquant_inductor.weights import STORE, Entry, Release
+from aoquant_inductor.weights import STORE
 
 _hooks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 

@@ -176,7 +176,7 @@ class Log:
 
     def __init__(self) -> None:
         self.graphs: list[Report] = []
-        self.entries: list[Any] = []  # weights.Entry of every pack its graphs hold, for refresh()
+        self.entries: list[Any] = []  # entry.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls

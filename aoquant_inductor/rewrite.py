@@ -12,12 +12,13 @@ from torch import fx, nn
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor import packing, qparams
+from aoquant_inductor.entry import Entry
 from aoquant_inductor.layouts import Packed, WeightKey
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.report import KEPT, QUANTIZED, RELEASED, SKIPPED, Layer
 from aoquant_inductor.scheme import LARGE_M, Scheme
-from aoquant_inductor.weights import STORE, Entry
+from aoquant_inductor.weights import STORE
 
 LINEAR = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear)))  # one object in some versions, two in others
 EMBEDDING = (torch.embedding, nn.functional.embedding)  # a tied head's weight: its linear may be in another graph

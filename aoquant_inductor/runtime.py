@@ -16,6 +16,7 @@ from torch import fx
 from aoquant_inductor import _inductor, native, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
+from aoquant_inductor.entry import Entry
 from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
@@ -24,7 +25,7 @@ from aoquant_inductor.report import KEPT, RELEASED, Layer, Report, log_of
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch
-from aoquant_inductor.weights import STORE, Entry
+from aoquant_inductor.weights import STORE
 
 Compiled = Callable[..., Any]
 MAX_CONSTANT_GRAPHS = 4

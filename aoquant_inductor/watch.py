@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aoquant_inductor import native
-from aoquant_inductor.weights import STORE, UNTRACKED, Entry
+from aoquant_inductor.entry import UNTRACKED, Entry
+from aoquant_inductor.weights import STORE
 
 
 def settle() -> str:

@@ -86,7 +86,7 @@ def _cpu_clock() -> Callable[..., measure.Times]:
 def staleness(reps: int) -> Row:
     """What a checked graph of WEIGHTS unchanged weights asks at every call."""
     parameters = [nn.Parameter(torch.zeros(8, 8), requires_grad=False) for _ in range(WEIGHTS)]
-    check = watch.Watch([weights.Entry(p) for p in parameters])
+    check = watch.Watch([weights.STORE.entry(p) for p in parameters])
     if check.stale():
         raise AssertionError("fresh weights are stale")
     clock = _cpu_clock()

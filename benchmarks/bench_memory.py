@@ -23,8 +23,9 @@ from torch import nn
 
 import aoquant_inductor
 from aoquant_inductor import packing, watch
+from aoquant_inductor.entry import Release
 from aoquant_inductor.scheme import resolve
-from aoquant_inductor.weights import STORE, Release
+from aoquant_inductor.weights import STORE
 from benchmarks import build, cli, measure, models_text, peer_torchao
 from benchmarks.measure import Row
 

@@ -76,6 +76,7 @@ NEVER = {
     "qparams": ("ops", "packing", "patterns", "rewrite", "lowering", "backend", "_inductor"),
     "packing": ("ops", "patterns", "rewrite", "lowering", "backend", "weights", "_inductor"),
     "weights": ("patterns", "rewrite", "lowering", "backend", "watch", "release"),
+    "entry": ("patterns", "rewrite", "lowering", "backend", "weights", "watch", "release"),
     "release": ("patterns", "lowering", "backend", "runtime"),
     "scheme": ("qparams", "ops", "packing", "patterns", "rewrite", "backend", "options", "_inductor"),
     "errors": ("scheme", "options", "ops", "rewrite", "backend", "_inductor"),

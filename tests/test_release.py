@@ -14,7 +14,8 @@ from torch import nn
 from util import BF16, FP32, Block, Graph, assert_counts, block, compiled, dequantized, peak_bytes, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import ReleasedWeights, packing, qparams, weights
+from aoquant_inductor import ReleasedWeights, native, packing, qparams
+from aoquant_inductor.entry import Release
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.weights import STORE
 
@@ -191,7 +192,7 @@ def test_blocks_that_share_a_graph_let_go_too() -> None:
 @pytest.mark.parametrize(("scheme", "ratio"), [("int8wo", 0.55), ("int4wo-128", 0.32)])
 def test_resident_and_peak(scheme: str, ratio: float) -> None:
     """Row 17 and row 22: what is left, and the most there ever was while packing."""
-    weights.native.module(STORE.turn)
+    native.module(STORE.turn)
     one, held = 2 * 1024 * 1024, []
 
     def pack() -> None:
@@ -199,7 +200,7 @@ def test_resident_and_peak(scheme: str, ratio: float) -> None:
         for i, layer in enumerate(layers):
             layout = packing.choose(resolve(scheme), torch.device("cpu"), BF16, layer.weight.shape)
             entry, _, _ = STORE.pack(layer.weight, resolve(scheme), layout)
-            assert entry.let_go(weights.Release(str(i), False))
+            assert entry.let_go(Release(str(i), False))
         held.extend(layers)
 
     peak, left = peak_bytes(pack)
@@ -230,7 +231,7 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     def none(_: object) -> Any:
         raise RuntimeError("python (FileNotFoundError)")
 
-    monkeypatch.setattr(weights.native, "module", none)
+    monkeypatch.setattr(native, "module", none)
     model, x = block(), tokens()
     with pytest.raises(aoquant_inductor.OptionError, match='"release_weights" needs a C\\+\\+ compiler'):
         compiled(model, release_weights=True)(x)

@@ -31,8 +31,9 @@ from util import (
 
 import aoquant_inductor
 from aoquant_inductor import ReleasedWeights, packing
+from aoquant_inductor.entry import Release
 from aoquant_inductor.scheme import resolve
-from aoquant_inductor.weights import STORE, Release
+from aoquant_inductor.weights import STORE
 
 pytestmark = pytest.mark.gpu
 
