@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def origin(rows: Sequence[Row]) -> str:
 
 
 def linears(path: Path) -> list[Row]:
-    """One row per shape, M and scheme: of two modes the default one, of bf16's the faster, which the ratios are against."""
+    """One row per shape, M and scheme: of two modes the default one, of bf16's the faster, which the ratios are against.
+
+    The largest weight first, then by M, whenever they were measured.
+    """
     found: dict[tuple[str, ...], Row] = {}
     for row in newest(path, "shape", "m", "scheme", "mode"):
         key = row["shape"], row["m"], row["scheme"]
@@ -31,7 +35,7 @@ def linears(path: Path) -> list[Row]:
             float(row["value"]) < float(found[key]["value"]) if row["scheme"] == "bf16" else row["mode"] == "default"
         ):
             found[key] = row
-    return list(found.values())
+    return sorted(found.values(), key=lambda r: (-math.prod(map(int, r["shape"].split("x"))), r["shape"], int(r["m"])))
 
 
 def best_configs(path: Path) -> dict[tuple[str, str, int], Row]:
@@ -64,15 +68,16 @@ def of_profiles(path: Path) -> dict[tuple[str, str], list[Row]]:
     return {key: [row for row in rows if (row["case"], row["scheme"], row["date"]) == (*key, last[key])] for key in last}
 
 
-def speeds_in(path: Path) -> list[tuple[str, str, float]]:
-    """(what, scheme, speed against bf16) of every row of a linear, model or host file."""
+def speeds_in(path: Path) -> list[tuple[str, str, str, float]]:
+    """(what, scheme, at which M or in which mode, speed against bf16) of every row of a linear, model or host file."""
     bench = path.name.split(".")[-2]
     if bench == "model":
         rows = of_models(path)
         cases = dict.fromkeys(row["case"] for row in rows)
-        return [(case, row["scheme"], speed) for case in cases for row, speed in speeds(rows, case) if row["scheme"] != "bf16"]
+        found = ((case, row["scheme"], speed) for case in cases for row, speed in speeds(rows, case))
+        return [(case, scheme, "", speed) for case, scheme, speed in found if scheme != "bf16"]
     if bench == "linear":
-        return [(f"{r['shape']}, M = {r['m']}", r["scheme"], float(r["ratio"])) for r in linears(path) if r["scheme"] != "bf16"]
+        return [(r["shape"], r["scheme"], f"M = {r['m']}", float(r["ratio"])) for r in linears(path) if r["scheme"] != "bf16"]
     rows = newest(path, "shape", "scheme", "mode")
     named = [row for row in rows if row["ratio"] and row["scheme"] != "bf16"]
-    return [(f"{row['shape']}, {row['mode']}", row["scheme"], float(row["ratio"])) for row in named]
+    return [(row["shape"], row["scheme"], row["mode"], float(row["ratio"])) for row in named]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 
 from benchmarks import plots as made
@@ -69,9 +69,8 @@ def linear(card: str, *names: str) -> str:
     rows = linears(path)
     ms = sorted({int(row["m"]) for row in rows})
     found = {(row["shape"], row["scheme"], int(row["m"])): row for row in rows}
-    table, order = [], ("bf16", *names)
-    shown = {(row["shape"], row["scheme"]) for row in rows if row["scheme"] in order}
-    for shape, scheme in sorted(shown, key=lambda of: (-math.prod(map(int, of[0].split("x"))), of[0], order.index(of[1]))):
+    table = []
+    for shape, scheme in product(dict.fromkeys(row["shape"] for row in rows), ("bf16", *names)):
         cells = [found.get((shape, scheme, m)) for m in ms]
         if scheme == "bf16":
             table.append([f"**{shape}**, bf16, us", *("-" if c is None else f"{float(c['value']):.1f}" for c in cells)])
@@ -213,15 +212,18 @@ LOSING = ("linear", "model", "host")
 
 def losing(*cards: str) -> str:
     """Every row of ours below 1.00x of bf16: linears, models and host time of these cards, or of <card>.<one of them> alone."""
-    table, seen = [], []
+    lost: dict[tuple[str, str], list[str]] = {}
+    seen = []
     for card in cards:
         for path in (RESULTS / f"{name}.csv" for name in ([card] if "." in card else [f"{card}.{b}" for b in LOSING])):
             if not path.exists():
                 continue
             seen.append(f"[{path.name}](benchmarks/results/{path.name})")
-            for what, scheme, ratio in speeds_in(path):
+            for what, scheme, where, ratio in speeds_in(path):
                 if ratio < 1 and not scheme.startswith(("torchao ", "bf16")):
-                    table.append([f"{what}, {path.name.removesuffix('.csv')}", scheme, _ratio(ratio)])
+                    of = f"{what}, {path.name.removesuffix('.csv')}", scheme
+                    lost.setdefault(of, []).append(f"{where} {_ratio(ratio)}".strip())
+    table = [[*of, ", ".join(cells)] for of, cells in lost.items()]
     rows = markdown(["below bf16", "scheme", "speed"], table) if table else "None."
     return f"{rows}\n\n<sub>of {', '.join(seen)}</sub>"
 
