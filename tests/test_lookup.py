@@ -27,6 +27,20 @@ class Block(nn.Module):
         return self.down(self.up(x).relu()) * y
 
 
+class Tied(nn.Module):
+    """A weight that an embedding and two linears read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up = nn.Embedding(64, 64), nn.Linear(64, 64)
+        self.head, self.other = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+        self.head.weight = self.other.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(self.embedding((x.abs() * 9).long())).relu()
+        return self.head(hidden) + self.other(hidden)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often Python was asked for packs."""
@@ -42,9 +56,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def blocks(count: int, **options: Any) -> tuple[list[nn.Module], list[Any]]:
+def blocks(count: int, kind: type[nn.Module] = Block, **options: Any) -> tuple[list[nn.Module], list[Any]]:
     torch.compiler.reset()
-    first = Block().eval().requires_grad_(False)
+    first: Any = kind().eval().requires_grad_(False)
     models = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
     for i, model in enumerate(models):
         model.up.weight.data.mul_(1 + i)
@@ -111,11 +125,25 @@ def test_packs_go_with_their_weights(asked: Counter[str]) -> None:
         right(models, functions)
 
 
+def test_models_with_a_tied_weight(asked: Counter[str]) -> None:
+    """The weight is looked up for its linears, and passed on to the embedding."""
+    models, functions = blocks(3, Tied)
+    with torch.no_grad():
+        for _ in range(3):
+            right(models, functions)
+        seen = asked["calls"]
+        right(models, functions)
+        assert asked["calls"] == seen > 0
+        models[1].embedding.weight.mul_(-2)
+        right(models, functions)
+    assert_counts(aoquant_inductor.report(functions[-1]), 2)  # one row for a weight
+
+
 def test_arguments_are_checked() -> None:
     assert watch.settle() == "native"
     kind = native.lookup_type()
     assert kind is not None
-    for weights, kept in (((), (0,)), ((0, 2), (1, 3, 9)), ((-1,), (0,))):
+    for weights, kept in (((), (0,)), ((0, 2), (1, 3, 9)), ((-1,), (0,)), ((0, 2), (0, 2))):
         with pytest.raises(ValueError, match="places"):
             kind(weights, kept, print, print)
     lookup = kind((0,), (1,), lambda *args: ("fast", args), lambda this, *args: ("slow", args))
@@ -127,6 +155,8 @@ def test_arguments_are_checked() -> None:
     for wrong in (((), (), None), ((key,), (), None), ((weakref.ref(key),), (), 5)):
         with pytest.raises(TypeError):
             lookup.remember(*wrong)
+    both = kind((0, 0), (0, 1), print, lambda this, *args: args)
+    assert both(key, 7) == (key, 7)
     lookup.remember((weakref.ref(key),), (1, 2), None)
     assert lookup(key, 7) == ("fast", (1, 2, 7)) and lookup(other, 7)[0] == "slow"
     state = watch.Watch([]).native

@@ -1,9 +1,11 @@
 // Lookup(weights, kept, function, slow)(*args): function(*packs, *(args[i] for i in kept)), with the packs that were remembered
 // for the weights args[i], i in weights, if all of them are as they were; slow(this, *args) otherwise, which is expected to
 // call remember(refs, packs, watch): weak references to those weights, a tuple of tensors, and a Watch of them, or None
-// where nobody asks whether they changed. forget(id of the first weight) lets go of the packs.
+// where nobody asks whether they changed. forget(id of the first weight) lets go of the packs. Every argument is in weights or
+// in kept; what a linear shares with an embedding is in both, what two linears share twice in weights.
 #pragma once
 
+#include <algorithm>
 #include <unordered_map>
 
 #include "watch.h"
@@ -20,6 +22,7 @@ struct Packs {  // of one set of weights; everything is owned
 struct Lookup {
   PyObject_HEAD
   PyObject *function, *slow, *weakrefs;
+  Py_ssize_t count;  // of arguments
   std::vector<Py_ssize_t>*weights, *kept;
   std::unordered_map<PyObject*, Packs>* known;  // by the first weight, not owned
   vectorcallfunc call;
@@ -43,7 +46,7 @@ bool same(const Packs& packs, const std::vector<Py_ssize_t>& places, PyObject* c
 PyObject* lookup_call(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
   auto* lookup = reinterpret_cast<Lookup*>(self);
   const Py_ssize_t count = PyVectorcall_NARGS(flags);
-  if (names != nullptr || count != (Py_ssize_t)(lookup->weights->size() + lookup->kept->size())) {
+  if (names != nullptr || count != lookup->count) {
     PyErr_SetString(PyExc_TypeError, "Lookup: called with other arguments than the graph has");
     return nullptr;
   }
@@ -115,12 +118,17 @@ PyObject* lookup_new(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!PyArg_ParseTuple(args, "O!O!OO", &PyTuple_Type, &weights, &PyTuple_Type, &kept, &function, &slow)) return nullptr;
   std::vector<Py_ssize_t> looked, passed;
   if (!read(weights, looked) || !read(kept, passed)) return nullptr;
-  const Py_ssize_t count = looked.size() + passed.size();
+  const Py_ssize_t most = looked.size() + passed.size();
+  std::vector<bool> named(most, false);
   bool inside = !looked.empty();
   for (const auto* places : {&looked, &passed}) {
-    for (Py_ssize_t place : *places) inside = inside && place >= 0 && place < count;
+    for (Py_ssize_t place : *places) {
+      inside = inside && place >= 0 && place < most;
+      if (inside) named[place] = true;
+    }
   }
-  if (!inside) {
+  const Py_ssize_t count = std::count(named.begin(), named.end(), true);
+  if (!inside || !std::all_of(named.begin(), named.begin() + count, [](bool is) { return is; })) {
     PyErr_SetString(PyExc_ValueError, "Lookup: weights and kept are the places of all arguments");
     return nullptr;
   }
@@ -128,6 +136,7 @@ PyObject* lookup_new(PyTypeObject* type, PyObject* args, PyObject*) {
   if (lookup == nullptr) return nullptr;
   lookup->function = Py_NewRef(function);
   lookup->slow = Py_NewRef(slow);
+  lookup->count = count;
   lookup->weights = new std::vector<Py_ssize_t>(std::move(looked));
   lookup->kept = new std::vector<Py_ssize_t>(std::move(passed));
   lookup->known = new std::unordered_map<PyObject*, Packs>();
