@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, emit, lowering, progress, ranges, release, rewrite, siblings
+from aoquant_inductor import _inductor, emit, lowering, progress, ranges, release, rewrite, siblings, spellings
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
@@ -56,6 +56,7 @@ def _pipeline(
     names = Names(frame.root)
     differentiable = _needs_grad(gm, example_inputs, frame.root)
     regions.inline(gm, rewrite.LINEAR, recompute=differentiable is not None)
+    spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)

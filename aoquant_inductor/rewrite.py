@@ -32,11 +32,17 @@ def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torc
         yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
 
 
+def weights_of(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> set[fx.Node]:
+    """The placeholders of weights of nn.Linears."""
+    real = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    return {node for node, value in real if isinstance(value, nn.Parameter) and names.is_linear(value)}
+
+
 def of_other_ops(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
     """The weights of nn.Linears that this graph hands to other ops only, a fused encoder layer say: left, with the reason."""
-    found = []
+    found, weights = [], weights_of(gm, inputs, names)
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        if not isinstance(value, nn.Parameter) or not names.is_linear(value) or not node.users:
+        if node not in weights or not isinstance(value, nn.Parameter) or not node.users:
             continue
         if any(user.target in LINEAR for user in node.users):
             continue

@@ -1,0 +1,70 @@
+"""Linears that a model writes out, x @ w.T, as some of its subclasses of nn.Linear do, become calls of F.linear."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.functional import linear
+
+CALLS = ("call_function", "call_method")
+PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
+PAIRS = ((0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0))
+FLIPS: Mapping[object, tuple[tuple[object, ...], ...]] = MappingProxyType(
+    {
+        getattr: (("T",), ("mT",)), torch.t: ((),), "t": ((),), torch.transpose: PAIRS, "transpose": PAIRS,
+        torch.permute: (((1, 0),),), "permute": ((1, 0), ((1, 0),)),
+    }
+)
+"""What transposes a tensor of two dimensions, and with which further arguments."""
+
+
+def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
+    """In place: the products with a transposed w[N, K] that is one of `weights`, placeholders, and addmm with one.
+
+    x @ w.T + bias stays a linear without a bias and a sum: so it rounds as before.
+    """
+    transposed = {node: of for node in gm.graph.nodes if (of := _transposed(node)) in weights}
+    done = False
+    for node in list(gm.graph.nodes):
+        bias, x, right = _operands(node)
+        if right not in transposed:
+            continue
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_function(linear, (x, transposed[right], *bias))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        gm.graph.erase_node(node)
+        done = True
+    for node in transposed if done else ():
+        if not node.users:
+            gm.graph.erase_node(node)
+    if done:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def _operands(node: fx.Node) -> tuple[tuple[Any, ...], Any, Any]:
+    """((), x, right) of a product, ((bias,), x, right) of an addmm with a bias[N]; Nones of what is neither."""
+    args: tuple[Any, ...] = node.args
+    if not node.kwargs and node.op in CALLS and all(isinstance(arg, fx.Node) for arg in args):
+        if node.target in PRODUCTS and len(args) == 2:
+            return (), *args
+        if node.target is torch.addmm and len(args) == 3 and args[0].meta["example_value"].dim() == 1:
+            return args[:1], *args[1:]
+    return (), None, None
+
+
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """What this is the transpose of, if that has two dimensions."""
+    if node.op not in CALLS or node.target not in FLIPS or node.kwargs:
+        return None
+    of, *how = (tuple(arg) if isinstance(arg, list) else arg for arg in node.args)
+    if tuple(how) not in FLIPS[node.target] or not isinstance(of, fx.Node):
+        return None
+    value = of.meta.get("example_value")
+    return of if isinstance(value, torch.Tensor) and value.dim() == 2 else None
