@@ -151,7 +151,7 @@ COUNTERS = 4096
 
 
 def counters(device: torch.device) -> IR:
-    """int32[COUNTERS] of zeros, the same for all kernels of a graph, each of which leaves them at zero.
+    """int32[COUNTERS] of zeros, the same for all kernels of a graph, which leave what they begin with (common.jinja, `summed`).
 
     Under CUDA graphs, whose replays share memory and so never run at the same time, a constant that nobody fills again;
     otherwise filled once per call, so that calls on two streams have their own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Container
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -18,15 +18,15 @@ TAGS = ("recompute", "ac_graph_id")  # what AOTAutograd's partitioner reads, and
 _count = itertools.count()
 
 
-def inline(gm: fx.GraphModule, targets: Container[Any], recompute: bool) -> None:
-    """Puts the body of every region that calls one of `targets` into the graph around it, in place: of torch.utils.checkpoint,
-    and of torch.compiler.nested_compile_region, whose one body may be called with many weights.
+def inline(gm: fx.GraphModule, wanted: Callable[[fx.Node], bool], recompute: bool) -> None:
+    """Puts the body of every region with a `wanted` node into the graph around it, in place: of torch.utils.checkpoint, and of
+    torch.compiler.nested_compile_region, whose one body may be called with many weights.
 
     recompute: a checkpoint's nodes are tagged as AOTAutograd itself tags a body when it traces through it, so that a backward
     computes them again; without a backward there is nothing to save. A checkpoint with a policy of its own (context_fn) stays
     as it is.
     """
-    while found := [node for node in gm.graph.nodes if node.target in _regions() and _can(gm, node, targets)]:
+    while found := [node for node in gm.graph.nodes if node.target in _regions() and _can(gm, node, wanted)]:
         for node in found:
             _inline(gm, node, recompute)
         gm.graph.lint()
@@ -58,10 +58,10 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     return body
 
 
-def _can(gm: fx.GraphModule, node: fx.Node, targets: Container[Any]) -> bool:
+def _can(gm: fx.GraphModule, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> bool:
     body = _body(gm, node)
     graphs = [module.graph for module in body.modules() if isinstance(module, fx.GraphModule)]
-    calls = any(n.op == "call_function" and n.target in targets for graph in graphs for n in graph.nodes)
+    calls = any(wanted(n) for graph in graphs for n in graph.nodes)
     return calls and "_checkpoint_context_fn" not in body.meta and all(user.target is operator.getitem for user in node.users)
 
 

@@ -55,7 +55,7 @@ def _pipeline(
     frame = dynamo.frame()
     names = Names(frame.root)
     differentiable = _needs_grad(gm, example_inputs, frame.root)
-    regions.inline(gm, rewrite.LINEAR, recompute=differentiable is not None)
+    regions.inline(gm, _may_be_linear, recompute=differentiable is not None)
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context)
@@ -83,6 +83,10 @@ def _pipeline(
     if sites or others:
         _note(Report((*(site.layer for site in sites), *others)), sites, frame, journal)
     return compiled
+
+
+def _may_be_linear(node: fx.Node) -> bool:
+    return node.target in rewrite.LINEAR or spellings.may_be_linear(node)
 
 
 def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: Names, together: bool) -> None:

@@ -32,19 +32,17 @@ def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torc
         yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
 
 
-def weights_of(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> set[fx.Node]:
-    """The placeholders of weights of nn.Linears."""
+def weights_of(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> dict[fx.Node, nn.Parameter]:
+    """The placeholders of plain weights of nn.Linears."""
     real = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    return {node for node, value in real if isinstance(value, nn.Parameter) and names.is_linear(value)}
+    return {node: value for node, value in real if type(value) is nn.Parameter and names.is_linear(value)}
 
 
 def of_other_ops(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
     """The weights of nn.Linears that this graph hands to other ops only, a fused encoder layer say: left, with the reason."""
-    found, weights = [], weights_of(gm, inputs, names)
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        if node not in weights or not isinstance(value, nn.Parameter) or not node.users:
-            continue
-        if any(user.target in LINEAR for user in node.users):
+    found = []
+    for node, value in weights_of(gm, inputs, names).items():
+        if not node.users or any(user.target in LINEAR for user in node.users):
             continue
         layer, scheme = decide(value, names.of(value), names.aliases(value), options)
         if scheme is not None and not any(user.target in EMBEDDING for user in node.users):
@@ -155,9 +153,10 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
-    linears = {site.node for site in sites}
+    of_node = {site.node: site for site in sites}
     for site in sites:
-        site.read_elsewhere = not linears.issuperset(site.weight.users)
+        readers = [of_node.get(user) for user in site.weight.users]
+        site.read_elsewhere = any(r is None or r.weight is not site.weight or site.weight in (r.x, r.bias) for r in readers)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     return sorted(sites, key=lambda site: order[site.node])
 

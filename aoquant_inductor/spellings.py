@@ -24,15 +24,18 @@ FLIPS: Mapping[object, tuple[tuple[object, ...], ...]] = MappingProxyType(
 
 
 def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
-    """In place: the products with a transposed w[N, K] that is one of `weights`, placeholders, and addmm with one.
+    """In place: the products of an activation with a transposed w[N, K] that is one of `weights`, placeholders, and addmm with
+    one and a bias[N].
 
-    x @ w.T + bias stays a linear without a bias and a sum: so it rounds as before.
+    x @ w.T + bias stays a linear without a bias and a sum: so it rounds as before. What reads a weight that the graph itself
+    writes to stays, too: a pack would be of before.
     """
-    transposed = {node: of for node in gm.graph.nodes if (of := _transposed(node)) in weights}
+    flips = ((node, _transposed(node)) for node in gm.graph.nodes)
+    transposed = {node: of for node, of in flips if of is not None and of in weights and not _written(of)}
     done = False
     for node in list(gm.graph.nodes):
         bias, x, right = _operands(node)
-        if right not in transposed:
+        if right not in transposed or x in weights or not all(_is_bias(b, transposed[right]) for b in bias):
             continue
         with gm.graph.inserting_before(node):
             call = gm.graph.call_function(linear, (x, transposed[right], *bias))
@@ -48,13 +51,19 @@ def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
         gm.recompile()
 
 
+def may_be_linear(node: fx.Node) -> bool:
+    """Whether it is a product with a matrix; that it is transposed Dynamo may have taken out of a region."""
+    right = _operands(node)[2]
+    return isinstance(right, fx.Node) and len(_shape(right)) == 2
+
+
 def _operands(node: fx.Node) -> tuple[tuple[Any, ...], Any, Any]:
-    """((), x, right) of a product, ((bias,), x, right) of an addmm with a bias[N]; Nones of what is neither."""
+    """((), x, right) of a product, ((bias,), x, right) of an addmm; Nones of what is neither."""
     args: tuple[Any, ...] = node.args
     if not node.kwargs and node.op in CALLS and all(isinstance(arg, fx.Node) for arg in args):
         if node.target in PRODUCTS and len(args) == 2:
             return (), *args
-        if node.target is torch.addmm and len(args) == 3 and args[0].meta["example_value"].dim() == 1:
+        if node.target is torch.addmm and len(args) == 3:
             return args[:1], *args[1:]
     return (), None, None
 
@@ -66,5 +75,20 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     of, *how = (tuple(arg) if isinstance(arg, list) else arg for arg in node.args)
     if tuple(how) not in FLIPS[node.target] or not isinstance(of, fx.Node):
         return None
-    value = of.meta.get("example_value")
-    return of if isinstance(value, torch.Tensor) and value.dim() == 2 else None
+    return of if len(_shape(of)) == 2 else None
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(getattr(node.meta.get("example_value"), "shape", ()))
+
+
+def _is_bias(bias: fx.Node, weight: fx.Node) -> bool:
+    """Whether it is a value for each output; addmm takes one for all, too."""
+    return _shape(bias) == _shape(weight)[:1]
+
+
+def _written(weight: fx.Node) -> bool:
+    """Whether the graph writes to it, or to its transpose."""
+    readers = [*weight.users, *(user for flip in weight.users if _transposed(flip) is weight for user in flip.users)]
+    names = [user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "") for user in readers]
+    return any("out" in user.kwargs for user in readers) or any(n.endswith("_") and not n.endswith("__") for n in names)

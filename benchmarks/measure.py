@@ -1,8 +1,8 @@
 """Clocks and result rows that every benchmark shares.
 
-All clocks visit the functions round-robin, each round starting with another one, so that drift (clock, other people's
-processes) hits all of them alike. A GPU's clock runs a function for LOAD seconds before it reads: a card at its power limit is
-as fast as what it does lets it be, and the function before must not count. Times are microseconds per call.
+All clocks visit the functions round-robin, each round starting with another one, so that drift (clock, other processes) hits
+all alike. A GPU runs each for LOAD seconds first: at its power limit a card is as fast as what it does lets it be. Times are
+microseconds per call.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ import torch
 Call = Callable[[], object]
 Times = dict[str, list[float]]
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+RESULTS = (HERE := Path(__file__).resolve().parent) / "results"
 LOAD, VISITS = 0.1, 3
 
 
@@ -94,9 +93,11 @@ def gpu_time(functions: Mapping[str, Sequence[Call]], inner: int, reps: int, loa
     for name in _rounds(list(functions), visits):
         until = time.perf_counter() + load
         while time.perf_counter() < until:
-            graphs[name].replay()
+            for _ in range(inner):
+                graphs[name].replay()
             torch.cuda.synchronize()
         for _ in range(-(-reps // visits)):
+            graphs[name].replay()  # so that launching does not count
             start.record()
             for _ in range(inner):
                 graphs[name].replay()
@@ -112,7 +113,6 @@ def _captured(copies: Sequence[Call]) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(side):
         for function in (*copies, *copies):
             function()
-    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         for function in copies:
@@ -127,7 +127,7 @@ def _captured(copies: Sequence[Call]) -> torch.cuda.CUDAGraph:
 class Row:
     """One measured number. `ratio` is bf16 time / this time in the same run: above 1 is faster than bf16.
 
-    `value` is the median of `reps` rounds, `min`, `p20` and `p80` their least and their quantiles; shape is NxK or a model's
+    `value` is the median of `reps` readings, `min`, `p20` and `p80` their least and their quantiles; shape is NxK or a model's
     name; `roofline` is the least time possible on that card, where it is known.
     """
 

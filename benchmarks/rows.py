@@ -53,11 +53,11 @@ def of_models(path: Path) -> list[Row]:
 
 
 def speeds(rows: Sequence[Row], case: str) -> list[tuple[Row, float]]:
-    """(row, its speed against bf16) of one case, bf16 first; nothing where bf16 has no row."""
+    """(row, its speed against bf16 in the same mode) of one case, bf16 first; nothing where bf16 has no row."""
     own = sorted((row for row in rows if row["case"] == case), key=lambda row: row["scheme"] != "bf16")
     if not own or own[0]["scheme"] != "bf16":
         return []
-    return [(row, float(own[0]["ms"]) / float(row["ms"])) for row in own]
+    return [(row, float(own[0]["ms"]) / float(row["ms"])) for row in own if row["mode"] == own[0]["mode"]]
 
 
 def of_profiles(path: Path) -> dict[tuple[str, str], list[Row]]:

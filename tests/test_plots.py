@@ -28,7 +28,10 @@ LINEAR = [
     ("8x16", 64, "bf16", "default", 20.0, 1.0, 16.0),
     ("8x16", 64, "int8wo", "default", 25.0, 0.8, 16.0),
 ]
-MODEL = [("toy", "bf16", 3.0), ("toy", "int8wo", 2.0), ("toy", "torchao int8wo", 4.0), ("lost", "int8wo", 1.0)]
+MODEL = [
+    ("toy", "bf16", "graphs", 3.0), ("toy", "int8wo", "graphs", 2.0), ("toy", "torchao int8wo", "graphs", 4.0),
+    ("toy", "int8dq", "other mode", 0.1), ("lost", "int8wo", "graphs", 1.0),
+]
 LADDER = [("sam", "eager bf16", 8000.0), ("sam", "compile bf16", 4000.0), ("sam", "int8dq", 2000.0)]
 
 
@@ -46,9 +49,9 @@ def results(tmp_path: Path) -> Path:
         dict(zip(("shape", "m", "scheme", "mode", "value", "ratio", "roofline"), row, strict=True)) for row in LINEAR
     ])
     write(tmp_path, "model", [
-        {"case": case, "scheme": scheme, "ms": ms, "rate": 1e3 / ms, "unit": "call/s", "host_ms": "", "resident_mb": 3000 / ms,
+        {"case": case, "scheme": scheme, "mode": mode, "ms": ms, "rate": 1e3 / ms, "unit": "call/s", "host_ms": "", "resident_mb": 3000 / ms,
          "error_db": "" if scheme == "bf16" else "40.00", "quantized": ""}
-        for case, scheme, ms in MODEL
+        for case, scheme, mode, ms in MODEL
     ])
     write(tmp_path, "ladder", [{"shape": case, "m": 16, "scheme": rung, "value": us} for case, rung, us in LADDER])
     return tmp_path
@@ -135,7 +138,7 @@ def test_tables_of_models_and_of_what_loses(results: Path, monkeypatch: pytest.M
     assert "| toy | int8wo | 1.50x | 500.0 call/s | 2.000 ms | - | 1.50 GB | 40.00 dB | - |" in tables.models()
     assert "| toy | torchao int8wo | **0.75x** |" in tables.models()
     assert "| toy, card | int8wo | 1.50x | 1.50 GB, 1.50x | SQNR 40.00 dB |" in tables.first()
-    assert "torchao" not in tables.first()
+    assert "torchao" not in tables.first() and "int8dq" not in tables.models() + tables.first()
     lost = tables.losing("card", "no such card")
     assert "0.80x" in tables.losing("card.linear") and "None." in tables.losing("card.model")
     assert "| 8x16, card.linear | int8wo | M = 64 **0.80x** |" in lost

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from util import BF16, assert_counts, compiled, linear64, run, sqnr_db
 
@@ -37,8 +38,8 @@ class Written(nn.Linear):
         return self.spelling(x, self.weight, self.bias)
 
 
-def model(spelling: Spelling) -> Written:
-    made = Written(32, 48, dtype=BF16).eval().requires_grad_(False)
+def model(spelling: Spelling, n: int = 48) -> Written:
+    made = Written(32, n, dtype=BF16).eval().requires_grad_(False)
     made.spelling = spelling
     return made
 
@@ -54,22 +55,74 @@ def test_a_product_is_a_linear(spelling: Spelling, scheme: str) -> None:
 
 
 OTHERS: dict[str, Spelling] = {
-    "not transposed": lambda x, w, b: x @ w[:32],
-    "transposed twice": lambda x, w, b: x @ w.T.T[:32],
-    "permute that does nothing": lambda x, w, b: x @ w.permute(0, 1)[:32],
+    "not transposed": lambda x, w, b: x @ w,
+    "transposed twice": lambda x, w, b: x @ w.T.T,
+    "permute that does nothing": lambda x, w, b: x @ w.permute(0, 1),
     "the weight on the left": lambda x, w, b: w @ x.transpose(-1, -2),
+    "two weights": lambda x, w, b: x + (w @ w.T)[0],
+    "a Gram matrix": lambda x, w, b: x.sum() + w @ w.T,
     "addmm with a factor": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t(), alpha=2),
-    "addmm with a matrix": lambda x, w, b: torch.addmm(x.flatten(0, 1) @ w[:32, :1].expand(32, 48).contiguous(), x.flatten(0, 1), w.t()),
+    "addmm with a matrix": lambda x, w, b: torch.addmm(x.flatten(0, 1), x.flatten(0, 1), w.t()),
+    "addmm with one bias for all": lambda x, w, b: torch.addmm(b[:1], x.flatten(0, 1), w.t()),
 }
 
 
 @pytest.mark.parametrize("spelling", OTHERS.values(), ids=OTHERS)
 def test_other_products_are_left(spelling: Spelling) -> None:
-    one = model(spelling)
+    one = model(spelling, 32)
     _, y, report = run(one, X, schemes="int8wo")
     assert_counts(report, 0, of=1, other_op=1)
     with torch.no_grad():
         assert sqnr_db(y, one(X).double()) >= 45
+
+
+@pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w.T.mul_(2), lambda w: torch.mul(w, 2, out=w)])
+def test_a_weight_that_the_graph_writes_to_is_left(write: Callable[[torch.Tensor], object]) -> None:
+    def spelling(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        write(w)
+        return x @ w.T
+
+    one = model(spelling, 32)
+    before = one.weight.clone()
+    function, y, report = run(one, X, schemes="int8wo")
+    assert_counts(report, 0, of=1, other_op=1)
+    with torch.no_grad():
+        assert sqnr_db(y, (X @ (2 * before).T).double()) >= 45
+        assert sqnr_db(function(X), (X @ (4 * before).T).double()) >= 45
+
+
+def test_a_weight_that_is_an_activation_too_is_not_released() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Linear(32, 32, bias=False, dtype=BF16) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + torch.nn.functional.linear(self.a.weight, self.b.weight).sum()
+
+    product = Product().eval().requires_grad_(False)
+    with torch.no_grad():
+        want = product(X).double()
+    _, y, report = run(product, X, schemes="int8wo", release_weights=True)
+    assert_counts(report, 2)
+    assert [layer.original for layer in report.layers] == ["kept: the graph reads it elsewhere, too", "released"], str(report)
+    assert sqnr_db(y, want) >= 30
+
+
+def test_in_a_region() -> None:
+    one = model(SPELLINGS["x @ w.T + b"])
+
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = one
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(self.one, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    _, y, report = run(Region(), X, schemes="int8wo")
+    assert_counts(report, 1)
+    assert sqnr_db(y, linear64(X, one)) >= 40
 
 
 def test_a_weight_that_is_also_read_as_it_is_and_of_no_linear() -> None:

@@ -70,7 +70,7 @@ def costs() -> dict[tuple[str, str], Cost]:
 
 
 def sliced(area: int) -> bool:
-    """Whether a tile that is split is added up by all of its programs."""
+    """Whether a tile that is split is added up by all of its programs. None with x on the left is; none such has a price."""
     return area >= SLICED_AREA
 
 
