@@ -37,6 +37,17 @@ def demo(card: str) -> str:
     return markdown(head, table) + source(rows, path)
 
 
+def coverage(card: str) -> str:
+    """Of each architecture, which linears were quantized, and how close the model stays to bf16."""
+    path = RESULTS / f"{card}.coverage.csv"
+    rows = newest(path, "model", "scheme")
+    table = [
+        [row["model"], row["scheme"], f"{row['quantized']} of {row['linears']}", row["left"] or "-", f"{row['sqnr_db']} dB"]
+        for row in rows
+    ]
+    return markdown(["architecture", "scheme", "linears quantized", "left", "SQNR to bf16"], table) + source(rows, path)
+
+
 def accuracy(card: str) -> str:
     path = RESULTS / f"{card}.accuracy.csv"
     rows = newest(path, "scheme")
@@ -235,7 +246,7 @@ def plots(*patterns: str) -> str:
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
-    "demo": demo, "accuracy": accuracy, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model,
+    "demo": demo, "accuracy": accuracy, "coverage": coverage, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model,
     "models": models,
     "first": first, "plots": plots, "losing": losing,
     "profiles": profiles,
