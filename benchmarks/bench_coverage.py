@@ -29,13 +29,14 @@ TWO = {
     "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 256, "pad_token_id": 0, "decoder_start_token_id": 1,
 }
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 256}
 IMAGE = {**SMALL, "image_size": 32, "patch_size": 8}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 CONVNEXT = {"image_size": 32, "hidden_sizes": [16, 32, 32, 32], "depths": [1] * 4, "layer_scale_init_value": 1.0}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 DEEPSEEK = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, **MOE,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, **MOE,
 }
 # transformers' model_type -> (with a head for text or without, what it reads, its config)
 MODELS: Mapping[str, tuple[bool, str, Mapping[str, Any]]] = MappingProxyType(
@@ -50,7 +51,7 @@ MODELS: Mapping[str, tuple[bool, str, Mapping[str, Any]]] = MappingProxyType(
         "qwen3_moe": (True, "text", {**SMALL, "head_dim": 16, "num_experts": 4, **MOE}),
         "deepseek_v3": (True, "text", {**SMALL, **DEEPSEEK}),
         **{name: (False, "text", SMALL) for name in ("bert", "roberta", "modernbert", "deberta-v2", "electra")},
-        "t5": (False, "two texts", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 256}),
+        "t5": (False, "two texts", T5),
         "bart": (False, "two texts", {**TWO, "max_position_embeddings": 64}),
         "whisper": (False, "audio", {**TWO, "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 32}),
         **{name: (False, "image", IMAGE) for name in ("vit", "dinov2", "siglip_vision_model", "clip_vision_model")},

@@ -41,11 +41,8 @@ def coverage(card: str) -> str:
     """Of each architecture, which linears were quantized, and how close the model stays to bf16."""
     path = RESULTS / f"{card}.coverage.csv"
     rows = newest(path, "model", "scheme")
-    table = [
-        [row["model"], row["scheme"], f"{row['quantized']} of {row['linears']}", row["left"] or "-", f"{row['sqnr_db']} dB"]
-        for row in rows
-    ]
-    return markdown(["architecture", "scheme", "linears quantized", "left", "SQNR to bf16"], table) + source(rows, path)
+    table = [[r["model"], r["scheme"], f"{r['quantized']} of {r['linears']}", r["left"] or "-", r["sqnr_db"]] for r in rows]
+    return markdown(["architecture", "scheme", "linears quantized", "left", "SQNR to bf16, dB"], table) + source(rows, path)
 
 
 def accuracy(card: str) -> str:
@@ -246,8 +243,6 @@ def plots(*patterns: str) -> str:
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
-    "demo": demo, "accuracy": accuracy, "coverage": coverage, "host": host, "linear": linear, "tune": tune, "memory": memory, "model": model,
-    "models": models,
-    "first": first, "plots": plots, "losing": losing,
-    "profiles": profiles,
+    "demo": demo, "accuracy": accuracy, "coverage": coverage, "host": host, "linear": linear, "tune": tune, "memory": memory,
+    "model": model, "models": models, "first": first, "plots": plots, "losing": losing, "profiles": profiles,
 }
