@@ -27,7 +27,7 @@ import torch
 Call = Callable[[], object]
 Times = dict[str, list[float]]
 
-RESULTS = (HERE := Path(__file__).resolve().parent) / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 LOAD, VISITS = 0.1, 3
 
 
@@ -189,7 +189,8 @@ def slug(name: str) -> str:
 
 def _git(*args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "--no-optional-locks", *args], cwd=HERE, capture_output=True, text=True, check=True)
+        command = ["git", "--no-optional-locks", "-C", str(RESULTS.parent), *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
