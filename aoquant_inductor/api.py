@@ -21,7 +21,7 @@ def report(compiled: object) -> Report:
     Raises TypeError for anything else.
     """
     from aoquant_inductor import _inductor_dynamo as dynamo
-    from aoquant_inductor.report import find_log
+    from aoquant_inductor.journal import find_log
 
     context = dynamo.context_of(compiled)
     if context is None:
@@ -35,7 +35,7 @@ def refresh(compiled: object) -> int:
     fused optimizers); no recompilation. Returns the number of weights repacked. Raises TypeError as `report`.
     """
     from aoquant_inductor import _inductor_dynamo as dynamo
-    from aoquant_inductor.report import find_log
+    from aoquant_inductor.journal import find_log
     from aoquant_inductor.weights import STORE
 
     context = dynamo.context_of(compiled)
@@ -96,6 +96,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     from aoquant_inductor.errors import NothingQuantized
     from aoquant_inductor.names import Names
     from aoquant_inductor.options import parse
+    from aoquant_inductor.report import by_module
 
     opts = parse(options, mode)
     names = Names(model)
@@ -105,7 +106,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
         if scheme is not None:
             layer = replace(layer, bytes_after=packing.packed_bytes(weight.shape, weight.dtype, scheme))
         layers.append(layer)
-    found = Report(tuple(layers))
+    found = Report(tuple(layers), {"others": by_module(names.others)})
     if layers and not found.quantized:
         matched = [layer for layer in layers if layer.scheme is not None]
         raise NothingQuantized(len(layers), len(matched), found.totals["reasons"] if matched else {})

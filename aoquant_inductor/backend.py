@@ -24,9 +24,10 @@ from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
+from aoquant_inductor.journal import Log, log_of
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import Layer, Log, Report, log_of
+from aoquant_inductor.report import Layer, Report
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.runtime import Compiled, LookedUp, Seen, constant, warn_once
 
@@ -63,6 +64,7 @@ def _pipeline(
     _judge(opts, names, sites, journal)
     if frame.root is not None:
         journal.planned = tuple(layer for _, layer, _ in rewrite.plan(frame.root, names, opts))
+        journal.others = tuple(names.others)
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 _SOURCE_PART = re.compile(r"\['([^']+)'\]|\.(\w+)")
+NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
+"""Whose parameters are not matrices of linears, however many dimensions they have."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """A parameter of two or more dimensions that may be a matrix and is no nn.Linear's: the experts of a mixture, say."""
+
+    name: str
+    module: str  # its class
+    nbytes: int
 
 
 class Names:
@@ -15,6 +27,7 @@ class Names:
 
     def __init__(self, root: nn.Module | None) -> None:
         self.linears: list[str] = []
+        self.others: list[Other] = []
         self._names: dict[int, list[str]] = {}
         self._aliases: dict[int, list[str]] = {}
         self._owners: dict[int, list[nn.Module]] = {}
@@ -24,6 +37,7 @@ class Names:
                 if parameter is None:
                     continue
                 full = f"{prefix}.{key}" if prefix else key
+                seen = id(parameter) in self._owners
                 self._owners.setdefault(id(parameter), []).append(module)
                 if isinstance(module, nn.Linear) and key == "weight":
                     name = prefix or key
@@ -31,6 +45,8 @@ class Names:
                     self._names.setdefault(id(parameter), []).append(name)
                 else:
                     self._aliases.setdefault(id(parameter), []).append(full)
+                    if not seen and parameter.dim() > 1 and not isinstance(module, (nn.Linear, *NO_PRODUCTS)):
+                        self.others.append(Other(full, type(module).__name__, parameter.nbytes))
 
     def of(self, weight: torch.Tensor, source: str = "") -> list[str]:
         """The linears of a weight; for one that no nn.Linear owns, its parameter name, or what its source says."""

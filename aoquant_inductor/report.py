@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
-import threading
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from typing import Any
 
-import torch
+from aoquant_inductor.names import Other
 
-from aoquant_inductor import native
-
-log = logging.getLogger("aoquant_inductor")
 VERSION = 1
 
+WORTH_SAYING = 0.01  # of the linears' bytes
 QUANTIZED, SKIPPED = "quantized", "skipped"
 KEPT, RELEASED = "kept", "released"
 
@@ -100,7 +93,9 @@ class Report:
         }
 
     def summary(self) -> str:
-        """`quantized 224 of 225 linears (int4wo-128: 224; lm_head: user), 13.5 GB -> 3.6 GB`, and a line for every hint."""
+        """`quantized 224 of 225 linears (int4wo-128: 224; lm_head: user), 13.5 GB -> 3.6 GB`, and a line for every class of
+        modules that has many other matrices, and for every hint.
+        """
         t = self.totals
         parts = [f"{scheme}: {count}" for scheme, count in t["schemes"].items()]
         skipped = [layer for layer in self.layers if layer.status == SKIPPED]
@@ -110,7 +105,11 @@ class Report:
             parts += [f"{reason}: {count}" for reason, count in t["reasons"].items()]
         sizes = f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])}"
         line = f"quantized {t['quantized']} of {t['linears']} linears ({'; '.join(parts)}), {sizes}"
-        return "\n".join([line, *t.get("hints", ())])
+        others = [
+            f"in no nn.Linear: {other['parameters']} parameters of {module}, {_size(other['bytes'])}"
+            for module, other in t.get("others", {}).items() if other["bytes"] >= WORTH_SAYING * t["bytes_before"]
+        ]
+        return "\n".join([line, *others, *t.get("hints", ())])
 
     def to_json(self) -> str:
         layers = [
@@ -151,92 +150,19 @@ def merge(reports: Iterable[Report]) -> tuple[Layer, ...]:
     return tuple(merged.values())
 
 
+def by_module(others: Iterable[Other]) -> dict[str, dict[str, int]]:
+    """Class of module -> how many parameters it has that are no linear's, and their bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for other in others:
+        of = found.setdefault(other.module, {"parameters": 0, "bytes": 0})
+        of["parameters"] += 1
+        of["bytes"] += other.nbytes
+    return found
+
+
 def uncalled(layer: Layer) -> Layer:
     """A linear that no compiled graph called: one whose reason is known keeps it."""
     if layer.status == SKIPPED:
         return layer
     detail = "is called by no compiled graph: unused so far, in eager code, or its weight is read by a fused op."
     return replace(layer, status=SKIPPED, reason="not_called", detail=detail)
-
-
-@functools.cache
-def versions() -> dict[str, str | None]:
-    """Of what decides the generated code."""
-    found: dict[str, str | None] = {"torch": torch.__version__}
-    for key, name in (("triton", "triton"), ("aoquant", "aoquant-inductor")):
-        try:
-            found[key] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[key] = None
-    return found
-
-
-class Log:
-    """The graphs of one compiled object, in the order they were compiled."""
-
-    def __init__(self) -> None:
-        self.graphs: list[Report] = []
-        self.entries: list[Any] = []  # entry.Entry of every pack its graphs hold, for refresh()
-        self.compilations = 0
-        self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
-        self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
-        self.hints: list[str] = []  # what the user can do for faster kernels
-        self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
-        self.pack_seconds = 0.0
-        self.compile_seconds = 0.0
-
-    def add(self, graph: Report, entries: Iterable[Any]) -> None:
-        """One compiled graph, and the packs it holds."""
-        self.graphs.append(graph)
-        self.compilations += 1
-        self.compiled.add(tuple(layer.name for layer in graph.layers))
-        self.entries += entries
-        log.info(graph.summary())
-
-    def hint(self, text: str | None) -> None:
-        """Of one linear; the same is said once."""
-        if text is not None and text not in self.hints:
-            self.hints.append(text)
-
-    def kernel_notes(self, layers: Sequence[tuple[Layer, Sequence[Any]]]) -> Callable[[Mapping[Any, set[str]] | str], None]:
-        """layers: with the keys of their pack -> a function that notes the kernels of a graph compiled later, by such keys, or
-        one for all that have a pack.
-        """
-
-        def note(kernels: Mapping[Any, set[str]] | str) -> None:
-            of = (lambda key: {kernels}) if isinstance(kernels, str) else (lambda key: kernels.get(key, set()))
-            named = [(layer, sorted({name for key in keys for name in of(key)})) for layer, keys in layers]
-            self.graphs.append(Report(tuple(replace(layer, kernel=", ".join(names)) for layer, names in named if names)))
-
-        return note
-
-    def report(self) -> Report:
-        layers = merge(self.graphs)
-        called = {name for layer in layers for name in (layer.name, *layer.aliases)}
-        layers += tuple(uncalled(layer) for layer in self.planned if layer.name not in called)
-        return Report(
-            layers,
-            {
-                "graphs": self.compilations,
-                "recompiles": self.compilations - len(self.compiled),
-                "pack_seconds": round(self.pack_seconds, 3),
-                "compile_seconds": round(self.compile_seconds, 3),
-                "staleness_check": native.state(),
-                "unmatched": self.unmatched,
-                "hints": self.hints,
-                **versions(),
-            },
-        )
-
-
-_LOGS: weakref.WeakKeyDictionary[Any, Log] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-def log_of(context: object) -> Log:
-    with _lock:
-        return _LOGS.setdefault(context, Log())
-
-
-def find_log(context: object | None) -> Log | None:
-    return None if context is None else _LOGS.get(context)

@@ -17,11 +17,12 @@ from aoquant_inductor import _inductor, native, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
 from aoquant_inductor.entry import Entry
+from aoquant_inductor.journal import log_of
 from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.qparams import NonFinite
-from aoquant_inductor.report import KEPT, RELEASED, Layer, Report, log_of
+from aoquant_inductor.report import KEPT, RELEASED, Layer, Report
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch

@@ -27,11 +27,10 @@ def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
     """In place: the products of an activation with a transposed w[N, K] that is one of `weights`, placeholders, and addmm with
     one and a bias[N].
 
-    x @ w.T + bias stays a linear without a bias and a sum: so it rounds as before. What reads a weight that the graph itself
-    writes to stays, too: a pack would be of before.
+    x @ w.T + bias stays a linear without a bias and a sum: so it rounds as before.
     """
     flips = ((node, _transposed(node)) for node in gm.graph.nodes)
-    transposed = {node: of for node, of in flips if of is not None and of in weights and not _written(of)}
+    transposed = {node: of for node, of in flips if of is not None and of in weights}
     done = False
     for node in list(gm.graph.nodes):
         bias, x, right = _operands(node)
@@ -85,10 +84,3 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
 def _is_bias(bias: fx.Node, weight: fx.Node) -> bool:
     """Whether it is a value for each output; addmm takes one for all, too."""
     return _shape(bias) == _shape(weight)[:1]
-
-
-def _written(weight: fx.Node) -> bool:
-    """Whether the graph writes to it, or to its transpose."""
-    readers = [*weight.users, *(user for flip in weight.users if _transposed(flip) is weight for user in flip.users)]
-    names = [user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "") for user in readers]
-    return any("out" in user.kwargs for user in readers) or any(n.endswith("_") and not n.endswith("__") for n in names)

@@ -1,10 +1,10 @@
 """Whole models (models.py): bf16 under torch.compile, each scheme through aoquant, torchao where it is installed.
 
 Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own. `--jobs` of them compile at
-once (their compile time is then left empty); measured is one at a time. step: device time of one step, the queue kept full
-where the host is fast enough for it. host: until the call returns, the device idle before. resident and peak: torch.cuda's
-allocator after the first call, and at most until then; of the whole process on CPU they are left empty. error: SQNR in dB of
-the step's result against compiled bf16's.
+once (their compile time is then left empty); measured is one at a time, in VISITS turns of each. step: device time of one
+step, the queue kept full where the host is fast enough for it. host: until the call returns, the device idle before. resident
+and peak: torch.cuda's allocator after the first call, and at most until then; of the whole process on CPU they are left empty.
+error: SQNR in dB of the step's result against compiled bf16's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from torch import nn
 
 from benchmarks import cli, measure, peer_torchao, turns
 from benchmarks.models import CASES, Case, Step
+from benchmarks.rows import EAGER
 
 BENCH = "model"
 PEER = "torchao "
+VISITS = 3
 
 
 def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) -> Any:
@@ -37,6 +39,8 @@ def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) 
     Raises LookupError where torchao has no such scheme.
     """
     options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
+    if scheme == EAGER:
+        return model
     if scheme == "bf16" or scheme.startswith(PEER):
         if scheme != "bf16" and not peer_torchao.quantize(model, scheme.removeprefix(PEER), device):
             raise LookupError(scheme)
@@ -80,7 +84,7 @@ def _seconds(step: Step, count: int, device: str) -> float:
 def run(
     name: str, scheme: str, device: str, mode: str, reference: Path, seconds: float, ready: Callable[[], None]
 ) -> dict[str, Any]:
-    """One row, in this process; `ready` is called when all is compiled. mode: torch.compile's."""
+    """One row, in this process; `ready` is called when all is compiled, and before each visit. mode: torch.compile's."""
     import aoquant_inductor  # noqa: F401  (registers the backend in a source tree)
 
     case = CASES[name]
@@ -102,13 +106,18 @@ def run(
         for _ in range(5):
             step()
         resident = torch.cuda.memory_allocated() / 1e6 if device == "cuda" else ""
-        ready()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        times = device_ms(step, device, seconds)
-        step_peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else ""
-        calls = max(10, min(200, int(1e3 * seconds / statistics.median(times))))
-        host = measure.host_time({"": step}, 1, calls)[""] if device == "cuda" else []
+        step_peak: float | str = ""
+        times: list[float] = []
+        host: list[float] = []
+        for _ in range(VISITS):
+            ready()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times += device_ms(step, device, seconds / VISITS)
+            if device == "cuda":
+                step_peak = torch.cuda.max_memory_allocated() / 1e6
+                calls = max(5, min(70, int(1e3 * seconds / VISITS / statistics.median(times))))
+                host += measure.host_time({"": step}, 1, calls)[""]
     if scheme == "bf16":
         torch.save(result.cpu(), reference)
         error = ""
@@ -116,7 +125,7 @@ def run(
         want, got = torch.load(reference, weights_only=True).double(), result.cpu().double()
         noise = float((got - want).square().sum())
         error = f"{10 * math.log10(float(want.square().sum()) / noise):.2f}" if noise > 0 else "inf"
-    ours = scheme != "bf16" and not scheme.startswith(PEER)
+    ours = scheme not in ("bf16", EAGER) and not scheme.startswith(PEER)
     done, linears = quantized(case, model, function) if ours else (0, 0)
     if ours and not done:
         raise RuntimeError("no linear was quantized")
@@ -126,7 +135,7 @@ def run(
         "rate": round(1e3 * case.per_step / value, 2), "unit": f"{case.unit}/s",
         "host_ms": round(statistics.median(host) / 1e3, 4) if host else "", "compile_s": round(compile_seconds, 2),
         "resident_mb": resident and round(resident, 1), "first_call_peak_mb": peak and round(peak, 1),
-        "step_peak_mb": step_peak and round(step_peak, 1), "linear_mb": round(linear_bytes / 1e6, 1), "error_db": error,
+        "step_peak_mb": step_peak and round(float(step_peak), 1), "linear_mb": round(linear_bytes / 1e6, 1), "error_db": error,
         "quantized": f"{done}/{linears}" if ours else "",
     }
 
@@ -179,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.cases.split(","):
             schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
             peers = [PEER + s for s in schemes if args.peers and s not in CASES[name].mixed]
-            wanted += [(name, scheme) for scheme in ("bf16", *schemes, *peers)]
+            eager = [EAGER] * (CASES[name].eager and not args.schemes)
+            wanted += [(name, scheme) for scheme in ("bf16", *eager, *schemes, *peers)]
         commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]
 
         def ready(which: int, seconds: float) -> None:

@@ -19,6 +19,7 @@ from benchmarks.build import BF16, Made, Step
 from benchmarks.models_audio import voxtral, voxtral_encoder
 from benchmarks.models_text import SMOLLM, decode, generate, prefill
 from benchmarks.models_vision import dit, sam_block, sam_encoder
+from benchmarks.rows import LADDER
 
 __all__ = ["CASES", "Case", "Made", "Step"]
 
@@ -27,7 +28,7 @@ __all__ = ["CASES", "Case", "Made", "Step"]
 class Case:
     """per_step: how many `unit`s a step makes. mode: torch.compile's, for bf16 and ours. blockwise: compile these children.
 
-    schemes: what is measured: a scheme for all linears, or a label that `mixed` has options for.
+    schemes: what is measured: a scheme for all linears, or a label that `mixed` has options for. eager: bf16 not compiled, too.
     """
 
     make: Callable[[str], Made]
@@ -37,6 +38,7 @@ class Case:
     schemes: tuple[str, ...]
     blockwise: str = ""
     mixed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    eager: bool = False
 
     def options(self, label: str) -> dict[str, Any]:
         """The options of backend="aoquant" for one of `schemes`, or for any scheme."""
@@ -51,10 +53,18 @@ def toy(device: str) -> Made:
 
 WEIGHT_ONLY = ("int8wo", "int4wo-128")
 PREFILL = ("int8dq", "int8dq-int4w", "int4wo-128", "int4wo-128-large8")
-FAST, GRAPHS, DEFAULT = "max-autotune-no-cudagraphs", "reduce-overhead", "default"
+FAST, FAST_GRAPHS, GRAPHS, DEFAULT = "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead", "default"
 NAMES = {"qwen": "qwen2.5-0.5b", "llama": "llama3.1-8b"}
 VOXTRAL = "int8dq + int4wo-32"
 HALVES = {VOXTRAL: {"schemes": {"*audio_tower.*": "int8dq", "*multi_modal_projector.*": "int8dq"}, "default": "int4wo-32"}}
+FUSED = {"schemes": "int8dq", "force_fuse_int_mm_with_mul": True}
+RUNGS: Mapping[str, Mapping[str, Any]] = {
+    "int8dq": {"schemes": "int8dq"}, "+ force_fuse_int_mm_with_mul": FUSED,
+    "+ no epilogue_fusion, coordinate_descent_tuning": FUSED | {"epilogue_fusion": False, "coordinate_descent_tuning": True},
+}
+"""Of torchao's segment-anything tutorial. force_fuse_int_mm_with_mul has no reader in Inductor since 2.11: our kernel has the
+rescale without it, and its rung shows that.
+"""
 TINY_VOXTRAL = {
     "audio_config": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4},
     "text_config": {
@@ -75,6 +85,10 @@ def _prefill(name: str, tokens: int, schemes: tuple[str, ...] = PREFILL) -> Case
     return Case(partial(prefill, name=name, tokens=tokens), tokens, "token", GRAPHS, schemes)
 
 
+def _ladder(make: Callable[[str], Made], images: int) -> Case:
+    return Case(make, images, "image", DEFAULT, tuple(RUNGS), mixed=RUNGS, eager=True)
+
+
 def _generate(name: str, tokens: int, schemes: tuple[str, ...] = WEIGHT_ONLY) -> Case:
     return Case(partial(generate, name=name, tokens=tokens), tokens, "token", GRAPHS, schemes, blockwise="parts")
 
@@ -90,13 +104,16 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "smollm2-generate": _generate(SMOLLM, 32, ("int8wo", "int8dq", "int4wo-32-asym")),
         "sam-block": Case(partial(sam_block, batch=16), 16, "image", FAST, ("int8dq",)),
         "sam-encoder": Case(partial(sam_encoder, batch=8), 8, "image", FAST, ("int8dq",)),
-        "voxtral": Case(partial(voxtral, tokens=512), 30, "second of audio", FAST, (VOXTRAL,), mixed=HALVES),
-        "voxtral-encoder": Case(voxtral_encoder, 30, "second of audio", FAST, ("int8dq",)),
+        f"sam-block{LADDER}": _ladder(partial(sam_block, batch=16), 16),
+        f"sam-encoder{LADDER}": _ladder(partial(sam_encoder, batch=8), 8),
+        "voxtral": Case(partial(voxtral, tokens=512), 30, "second of audio", FAST_GRAPHS, (VOXTRAL,), mixed=HALVES),
+        "voxtral-encoder": Case(voxtral_encoder, 30, "second of audio", FAST_GRAPHS, ("int8dq",)),
         "voxtral-prefill": _prefill("voxtral-3b", 512, ("int4wo-32",)),
         "dit": Case(
             partial(dit, depth=8, width=3072, heads=24, tokens=4096), 1, "step", FAST, ("int8dq", "int8wo"), blockwise="blocks"
         ),
         "tiny-sam": Case(partial(sam_encoder, batch=1, layers=1, image=64), 1, "image", DEFAULT, ("int8dq",)),
+        f"toy{LADDER}": _ladder(toy, 1),
         "tiny-voxtral": Case(partial(voxtral_encoder, layers=1), 30, "second of audio", DEFAULT, ("int8dq",)),
         "tiny-voxtral-whole": Case(
             partial(voxtral, tokens=384, config=TINY_VOXTRAL), 30, "second of audio", DEFAULT, (VOXTRAL,), mixed=HALVES

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import RESULTS
-from benchmarks.rows import Row, best_configs, linears, newest, of_models, origin, speeds
+from benchmarks.rows import EAGER, LADDER, Row, best_configs, linears, of_models, origin, speeds
 
 PLOTS = RESULTS.parent / "plots"
 PEER = "torchao "
@@ -118,11 +118,19 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
+def _cases(path: Path, ladder: bool) -> Iterator[tuple[str, list[Row]]]:
+    """(case, its rows) of a model file."""
+    rows = of_models(path)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        if case.endswith(LADDER) == ladder:
+            yield case, [row for row in rows if row["case"] == case]
+
+
 def models(results: Path) -> Iterator[Plot]:
     """Speed-up per model and scheme, a panel per case."""
     for path in sorted(results.glob("*.model.csv")):
-        rows, panels = of_models(path), []
-        for case in dict.fromkeys(row["case"] for row in rows):
+        panels = []
+        for case, rows in _cases(path, ladder=False):
             bars = tuple(
                 Bar(row["scheme"], row["scheme"], round(speed, 3), f"{speed:.2f}x, {_rate(float(row['rate']))} {row['unit']}")
                 for row, speed in speeds(rows, case)
@@ -131,25 +139,27 @@ def models(results: Path) -> Iterator[Plot]:
                 panels.append(Panel(case, bars=bars))
         if panels:
             yield Plot(
-                f"{_card(path)}.model", "Whole models", "speed against compiled bf16", origin(rows), tuple(panels)
+                f"{_card(path)}.model", "Whole models", "speed against compiled bf16", origin(of_models(path)), tuple(panels)
             )
 
 
 def ladder(results: Path) -> Iterator[Plot]:
-    """Milliseconds of a step on each rung, and the speed against the first."""
-    for path in sorted(results.glob("*.ladder.csv")):
-        rows = newest(path, "shape", "scheme")
-        panels = []
-        for case in dict.fromkeys(row["shape"] for row in rows):
-            own = [row for row in rows if row["shape"] == case]
-            first = float(own[0]["value"])
+    """Milliseconds of a step on each rung, and the speed against the first: bf16 without a compiler, then with."""
+    for path in sorted(results.glob("*.model.csv")):
+        panels, used = [], []
+        for case, rows in _cases(path, ladder=True):
+            own = sorted(rows, key=lambda row: (row["scheme"] != EAGER, row["scheme"] != "bf16"))
+            used += own
+            first = float(own[0]["ms"])
             bars = (
-                Bar(row["scheme"], "bf16" if "bf16" in row["scheme"] else "int8dq", round(float(row["value"]) / 1e3, 4),
-                    f"{float(row['value']) / 1e3:.2f} ms, {first / float(row['value']):.2f}x")
+                Bar(f"compiled {row['scheme']}" if row["scheme"] == "bf16" else row["scheme"],
+                    "bf16" if "bf16" in row["scheme"] else "int8dq", float(row["ms"]),
+                    f"{float(row['ms']):.2f} ms, {first / float(row['ms']):.2f}x")
                 for row in own
             )
-            panels.append(Panel(f"{case}, batch {own[0]['m']}", bars=tuple(bars)))
-        yield Plot(f"{_card(path)}.ladder", "Up the ladder", "milliseconds of a step", origin(rows), tuple(panels))
+            panels.append(Panel(f"{case.removesuffix(LADDER)}, {own[0]['mode']} mode", bars=tuple(bars)))
+        if panels:
+            yield Plot(f"{_card(path)}.ladder", "Up the ladder", "milliseconds of a step", origin(used), tuple(panels))
 
 
 KINDS: Mapping[str, Callable[[Path], Iterator[Plot]]] = {

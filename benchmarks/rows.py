@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Row = Mapping[str, str]
+EAGER = "eager bf16"
+LADDER = "-ladder"  # ends the names of the cases that climb a tutorial's steps
 
 
 def newest(path: Path, *key: str) -> list[Row]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import plots as made
 from benchmarks.bench_profile import MAKERS
 from benchmarks.measure import RESULTS
-from benchmarks.rows import Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in
+from benchmarks.rows import EAGER, Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -228,7 +228,7 @@ def losing(*cards: str) -> str:
                 continue
             seen.append(f"[{path.name}](benchmarks/results/{path.name})")
             for what, scheme, where, ratio in speeds_in(path):
-                if ratio < 1 and not scheme.startswith(("torchao ", "bf16")):
+                if ratio < 1 and not scheme.startswith(("torchao ", "bf16", EAGER)):
                     of = f"{what}, {path.name.removesuffix('.csv')}", scheme
                     lost.setdefault(of, []).append(f"{where} {_ratio(ratio)}".strip())
     table = [[*of, ", ".join(cells)] for of, cells in lost.items()]

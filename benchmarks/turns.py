@@ -1,7 +1,8 @@
 """Benchmark processes that prepare side by side and measure one after the other.
 
 Compiling takes minutes of CPU, measuring seconds of a GPU that must then serve nobody else. A child calls `wait()` between
-the two; its parent lets the children of a batch go on one by one, once all of them wait.
+the two; its parent lets the children of a batch go on one by one, once all of them wait. A child that measures in parts calls
+it before each: then the parts of all children alternate, and what slows a machine down for a while slows all of them down.
 
 The children share the CPUs: by itself, Inductor would start as many compilers in each of them as the machine has CPUs.
 """
@@ -49,30 +50,45 @@ class _Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
         self.limit, self.late = limit, False
-        self.timer = threading.Timer(limit, self._stop)
-        self.timer.start()
+        self.waits, self.last = True, ""
 
     def _stop(self) -> None:
         if self.process.poll() is None:
             self.late = True
             self.process.kill()
 
-    def ready(self) -> None:
-        """Returns when the child waits, or has ended."""
+    def _follow(self) -> None:
+        """Returns when the child waits, or has ended, or took too long."""
         assert self.process.stdout is not None
+        timer = threading.Timer(self.limit, self._stop)
+        timer.start()
+        self.waits = False
         for line in self.process.stdout:
             if line.strip() == READY:
+                self.waits = True
                 break
-        self.timer.cancel()
+            self.last = line.strip() or self.last
+        timer.cancel()
+
+    def ready(self) -> None:
+        """Until it has compiled."""
+        self._follow()
         self.told(time.perf_counter() - self.began)
 
-    def result(self) -> str:
-        """Lets it measure; the last line that it printed. Raises Failed."""
+    def turn(self) -> None:
+        """Lets it measure, until it waits again or ends."""
+        assert self.process.stdin is not None
         try:
-            out, _ = self.process.communicate("\n", timeout=self.limit)
-        except subprocess.TimeoutExpired:
-            self._stop()
-            out, _ = self.process.communicate()
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it ended while it waited
+            self.waits = False
+        else:
+            self._follow()
+
+    def result(self) -> str:
+        """Of one that has ended: the last line that it printed. Raises Failed."""
+        self.process.communicate()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
         self.errors.close()
@@ -81,14 +97,15 @@ class _Child:
         if self.process.returncode:
             named = [line for line in lines if re.match(r"[\w.]*Error\b", line)]  # CUDA's go on with advice
             raise Failed((named or lines or ["no message"])[-1][-300:])
-        return (out.strip().splitlines() or [""])[-1]
+        return self.last
 
 
 def run(
     commands: Sequence[Sequence[str]], jobs: int, limit: float,
     ready: Callable[[int, float], object] = lambda which, seconds: None,
 ) -> Iterator[str | Failed]:
-    """The last line that each command printed, in their order; `jobs` of them prepare at once, within `limit` seconds each.
+    """The last line that each command printed, in their order; `jobs` of them prepare at once, within `limit` seconds each, and
+    each turn of measuring takes as long at most.
 
     ready: called, from a thread, with which command is prepared, or gave up, and after how many seconds.
     """
@@ -98,8 +115,14 @@ def run(
         children = [_Child(command, limit, threads, partial(ready, which)) for which, command in batch]
         with ThreadPoolExecutor(len(children)) as pool:
             list(pool.map(_Child.ready, children))
-        for child in children:
-            try:
-                yield child.result()
-            except Failed as failed:
-                yield failed
+        done = 0
+        while done < len(children):
+            for child in children:
+                if child.waits:
+                    child.turn()
+                while done < len(children) and not children[done].waits:
+                    try:
+                        yield children[done].result()
+                    except Failed as failed:
+                        yield failed
+                    done += 1

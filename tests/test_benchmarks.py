@@ -157,6 +157,18 @@ def test_models_in_processes_of_their_own(tmp_path: Path, capsys: pytest.Capture
     assert len(file.read_text().splitlines()) == 5
 
 
+def test_a_ladder_is_eager_compiled_and_every_rung(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import bench_model, models
+
+    argv = ["--cases", "toy-ladder", "--device", "cpu", "--seconds", "0.05", "--results", str(tmp_path), "--json"]
+    assert bench_model.main(argv) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    rungs = list(models.RUNGS)
+    assert [(row["scheme"], row["quantized"]) for row in rows] == [("bf16", ""), ("eager bf16", ""), *((rung, "2/2") for rung in rungs)]
+    assert len({tuple(sorted(options.items())) for options in models.RUNGS.values()}) == len(rungs) == 3
+    assert float(rows[1]["error_db"]) > 40
+
+
 def test_bench_accuracy_scores_prefills_longer_than_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("gguf")
@@ -225,19 +237,21 @@ import sys, time
 from benchmarks import turns
 log = open({str(log)!r}, "a", buffering=1)
 log.write("prepared\\n")
-turns.wait()
-for _ in range(20):
-    log.write(sys.argv[1] + "\\n"); time.sleep(0.005)
+for _ in range(int(sys.argv[2])):
+    turns.wait()
+    for _ in range(20):
+        log.write(sys.argv[1] + "\\n"); time.sleep(0.005)
 print("noise"); print("result " + sys.argv[1])
 """
-    measured = [[sys.executable, "-c", body, name] for name in "abc"]
+    measured = [[sys.executable, "-c", body, *name] for name in ("a1", "b3", "c2")]
     wrong = [[sys.executable, "-c", "raise ValueError('no such thing')"], [sys.executable, "-c", "import time; time.sleep(60)"]]
     stuck = [sys.executable, "-c", "import time\nfrom benchmarks import turns\nturns.wait()\ntime.sleep(60)"]
     *found, failed, late, hanging = turns.run([*measured, *wrong, stuck], 3, 5)
     assert found == ["result a", "result b", "result c"]
     assert str(failed) == "ValueError: no such thing"
     assert str(late) == str(hanging) == "took more than 5 s"
-    assert log.read_text().split() == ["prepared"] * 3 + ["a"] * 20 + ["b"] * 20 + ["c"] * 20
+    visits = [name for visit in ("abc", "bc", "b") for name in visit for _ in range(20)]
+    assert log.read_text().split() == ["prepared"] * 3 + visits
 
 
 def test_problems_in_processes_give_the_rows_of_one(tmp_path: Path) -> None:

@@ -216,6 +216,32 @@ def test_linears_that_no_linear_node_reads_are_in_the_report(caplog: pytest.LogC
         run(nn.Sequential(copy.deepcopy(layer)).eval(), torch.randn(2, 3, 32), on_unsupported="error")
 
 
+def test_matrices_of_no_linear_are_named_where_they_are_many_bytes() -> None:
+    """The experts of a mixture are one parameter: no nn.Linear, so no layer of the report; a functional linear's weight is one."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 32, 32))
+            self.down = self.up
+            self.router = nn.Parameter(torch.randn(4, 32))
+            self.scale = nn.Parameter(torch.ones(32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            choice = nn.functional.linear(x, self.router).argmax(-1)
+            return (self.up[choice] @ x[..., None])[..., 0] * self.scale
+
+    model = nn.Sequential(nn.Linear(32, 32), Experts(), nn.LayerNorm((1, 32)), nn.Linear(32, 32)).eval()
+    _, _, report = run(model, torch.randn(1, 32))
+    assert_counts(report, 3)
+    assert report.totals["others"] == {"Experts": {"parameters": 1, "bytes": 4 * 32 * 32 * 4}}
+    assert report.summary().splitlines()[1:] == ["in no nn.Linear: 1 parameters of Experts, 16.4 kB"]
+    planned = aoquant_inductor.plan(model)
+    assert planned.totals["others"]["Experts"]["parameters"] == 2  # that F.linear reads the router only a graph says
+    _, _, report = run(Two().eval(), tokens())
+    assert report.totals["others"] == {} and "\n" not in report.summary()
+
+
 def test_a_linear_that_is_never_called_is_in_the_report() -> None:
     class Half(Two):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -76,19 +76,48 @@ def test_other_products_are_left(spelling: Spelling) -> None:
         assert sqnr_db(y, one(X).double()) >= 45
 
 
-@pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w.T.mul_(2), lambda w: torch.mul(w, 2, out=w)])
-def test_a_weight_that_the_graph_writes_to_is_left(write: Callable[[torch.Tensor], object]) -> None:
+def _in_place(w: torch.Tensor) -> None:
+    w *= 2
+
+
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "mul_": lambda w: w.mul_(2),
+    "of its transpose": lambda w: w.T.mul_(2),
+    "out": lambda w: torch.mul(w, 2, out=w),
+    "*=": _in_place,
+    "a part": lambda w: w.view(-1)[:32 * 16].mul_(2),
+    "an element": lambda w: w.__setitem__(0, w[0] * 2),
+    "copy_": lambda w: w.copy_(w * 2),
+    "data": lambda w: w.data.mul_(2),
+    "in a list": lambda w: torch._foreach_mul_([w], 2),
+}
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.T, torch.nn.functional.linear], ids=["written out", "F.linear"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_weight_that_the_graph_writes_to_is_left(
+    write: Callable[[torch.Tensor], object], product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
     def spelling(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         write(w)
-        return x @ w.T
+        return product(x, w)
 
     one = model(spelling, 32)
-    before = one.weight.clone()
+    same = one.weight.clone()
     function, y, report = run(one, X, schemes="int8wo")
-    assert_counts(report, 0, of=1, other_op=1)
+    assert_counts(report, 0, of=1, written=1)
     with torch.no_grad():
-        assert sqnr_db(y, (X @ (2 * before).T).double()) >= 45
-        assert sqnr_db(function(X), (X @ (4 * before).T).double()) >= 45
+        for got in (y, function(X)):
+            write(same)
+            assert sqnr_db(got, (X @ same.T).double()) >= 45
+
+
+def test_an_activation_that_is_written_to_is_none_of_it() -> None:
+    """Nor are a weight's other readers."""
+    one = model(lambda x, w, b: torch.relu_(torch.add(x @ w.T, b)).add_(w.sum()))
+    _, y, report = run(one, X, schemes="int8wo")
+    assert_counts(report, 1)
+    assert sqnr_db(y, one(X).double()) >= 30
 
 
 def test_a_weight_that_is_an_activation_too_is_not_released() -> None:

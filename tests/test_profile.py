@@ -1,4 +1,4 @@
-"""The ladder and the profile run and write rows that can travel; the profile counts our kernels. Tiny; no number is judged."""
+"""The profile runs, writes rows that can travel and counts our kernels. Tiny; no number is judged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("transformers", reason="the cases need the extra [demo]")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not in the wheel
 
-from benchmarks import bench_ladder, bench_profile
+from aoquant_inductor import packing_cpu
+from benchmarks import bench_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,31 +23,18 @@ def rows_of(folder: Path, bench: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_ladder_has_every_rung_in_order_and_ours_are_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_ladder.main(["--device", "cpu", "--cases", "toy", "--reps", "2", "--results", str(tmp_path)]) == 0
-    rows = rows_of(tmp_path, "ladder")
-    assert [row["scheme"] for row in rows] == [bench_ladder.EAGER, bench_ladder.COMPILED, *bench_ladder.RUNGS]
-    assert [bool(row["kernel"]) for row in rows] == [False, False, True, True, True]
-    assert rows[1]["ratio"] == "1.0"
-    assert all(float(row["value"]) > 0 and row["commit"] for row in rows)
-    assert "eager bf16" in capsys.readouterr().out
-
-
-def test_the_rungs_of_the_ladder_are_different_compiles() -> None:
-    options = [tuple(sorted(rung.items())) for rung in bench_ladder.RUNGS.values()]
-    assert len(set(options)) == len(options) == 3
-
-
 def test_a_profile_names_one_kernel_of_ours_per_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--device", "cpu", "--case", "toy", "--scheme", "int8wo", "--reps", "3", "--results", str(tmp_path)]
     assert bench_profile.main(argv) == 0
     rows = rows_of(tmp_path, "profile")
     ours = [row for row in rows if row["by"] == "aoquant"]
-    assert sum(float(row["count"]) for row in ours) == 2, rows  # the two linears
+    # the two linears; without our kernels Inductor makes them, dequantize and product fused into one
+    assert sum(float(row["count"]) for row in ours) == (2 if packing_cpu.available() else 0), rows
+    assert any("linear_wo" in row["kernel"] or row["by"] == "aoquant" for row in rows), rows
     assert not [row for row in rows if row["by"] in ("matmul", "other")], rows
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=0.01)
     assert [float(row["us"]) for row in rows] == sorted((float(row["us"]) for row in rows), reverse=True)
-    assert "aoquant" in capsys.readouterr().out
+    assert "by " in capsys.readouterr().out
 
 
 def test_makers_by_the_names_that_cuda_shows() -> None:

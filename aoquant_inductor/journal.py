@@ -1,0 +1,107 @@
+"""What a compiled object has become so far: the reports of its graphs, and what else `report(compiled)` says."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from aoquant_inductor import native
+from aoquant_inductor.names import Other
+from aoquant_inductor.report import Layer, Report, by_module, merge, uncalled
+
+log = logging.getLogger("aoquant_inductor")
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of what decides the generated code."""
+    found: dict[str, str | None] = {"torch": torch.__version__}
+    for key, name in (("triton", "triton"), ("aoquant", "aoquant-inductor")):
+        try:
+            found[key] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[key] = None
+    return found
+
+
+class Log:
+    """The graphs of one compiled object, in the order they were compiled."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Report] = []
+        self.entries: list[Any] = []  # entry.Entry of every pack its graphs hold, for refresh()
+        self.compilations = 0
+        self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
+        self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
+        self.others: tuple[Other, ...] = ()  # parameters of the module that no nn.Linear has
+        self.hints: list[str] = []  # what the user can do for faster kernels
+        self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
+        self.pack_seconds = 0.0
+        self.compile_seconds = 0.0
+
+    def add(self, graph: Report, entries: Iterable[Any]) -> None:
+        """One compiled graph, and the packs it holds."""
+        self.graphs.append(graph)
+        self.compilations += 1
+        self.compiled.add(tuple(layer.name for layer in graph.layers))
+        self.entries += entries
+        log.info(graph.summary())
+
+    def hint(self, text: str | None) -> None:
+        """Of one linear; the same is said once."""
+        if text is not None and text not in self.hints:
+            self.hints.append(text)
+
+    def kernel_notes(self, layers: Sequence[tuple[Layer, Sequence[Any]]]) -> Callable[[Mapping[Any, set[str]] | str], None]:
+        """layers: with the keys of their pack -> a function that notes the kernels of a graph compiled later, by such keys, or
+        one for all that have a pack.
+        """
+
+        def note(kernels: Mapping[Any, set[str]] | str) -> None:
+            of = (lambda key: {kernels}) if isinstance(kernels, str) else (lambda key: kernels.get(key, set()))
+            named = [(layer, sorted({name for key in keys for name in of(key)})) for layer, keys in layers]
+            self.graphs.append(Report(tuple(replace(layer, kernel=", ".join(names)) for layer, names in named if names)))
+
+        return note
+
+    def report(self) -> Report:
+        layers = merge(self.graphs)
+        called = {name for layer in layers for name in (layer.name, *layer.aliases)}
+        layers += tuple(uncalled(layer) for layer in self.planned if layer.name not in called)
+        # F.linear may read a module's own parameter: then it is a layer
+        others = by_module(other for other in self.others if other.name not in called)
+        return Report(
+            layers,
+            {
+                "graphs": self.compilations,
+                "recompiles": self.compilations - len(self.compiled),
+                "pack_seconds": round(self.pack_seconds, 3),
+                "compile_seconds": round(self.compile_seconds, 3),
+                "staleness_check": native.state(),
+                "unmatched": self.unmatched,
+                "others": others,
+                "hints": self.hints,
+                **versions(),
+            },
+        )
+
+
+_LOGS: weakref.WeakKeyDictionary[Any, Log] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def log_of(context: object) -> Log:
+    with _lock:
+        return _LOGS.setdefault(context, Log())
+
+
+def find_log(context: object | None) -> Log | None:
+    return None if context is None else _LOGS.get(context)
