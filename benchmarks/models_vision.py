@@ -18,6 +18,7 @@ def sam_config(layers: int, image: int) -> Any:
     config = SamVisionConfig(
         hidden_size=1280, num_hidden_layers=layers, num_attention_heads=16, mlp_dim=5120, image_size=image,
         global_attn_indexes=[i for i in (7, 15, 23, 31) if i < layers],
+        initializer_range=0.02,  # its default, 1e-10, makes an encoder whose layers do nothing
     )
     config._attn_implementation = "eager"
     return config
