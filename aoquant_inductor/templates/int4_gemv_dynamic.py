@@ -22,7 +22,8 @@ def _fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
     return (
         p.symmetric is not None and p.layout == "cuda_int8" and card.arch >= 80  # dp4a is NVIDIA's
-        and m is not None and m <= MOST_ROWS and p.x.get_dtype() == torch.bfloat16 and p.by_tma and (p.groups == 1 or p.group_size % packing_cuda.CHUNK == 0)
+        and m is not None and m <= MOST_ROWS and (p.groups == 1 or p.group_size % packing_cuda.CHUNK == 0)
+        and p.by_tma and p.x.get_dtype() == torch.bfloat16  # 16 bytes at once, two elements a word
     )
 
 
@@ -30,7 +31,7 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
     # a thread loads eight scales at once: of more rows they would be another's
-    rows = config.block_n if p.groups == 1 else min(config.block_n, 8)
+    rows = config.block_n if p.groups == 1 and p.m == 1 else min(config.block_n, 8)
     warps = min(config.num_warps, max(1, k // OF_A_WARP))
     return replace(
         config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=rows, block_k=warps * OF_A_WARP, num_warps=warps
@@ -39,15 +40,22 @@ def _adapt(p: Problem, config: Config) -> Config | None:
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     parts = -(-p.k // config.block_k)
-    # in registers, 16 bytes of a row of W or 32 elements of one of x for a thread's part
-    steps = -(-parts // max(1, 16 // config.block_n))
-    each = -(-parts // steps)
-    kept = steps == 1 and each * config.block_m <= 2
+    # two at once are as much as registers hold beside x, of which a second row takes as much as eight of W
+    each = min(parts, 2 if config.block_m == 1 and config.block_n <= 8 else 1)
+    steps = -(-parts // each)
     return int4.keywords(p, config) | {
-        "ROWS": ir.static(p.m), "SYMMETRIC": p.symmetric, "PARTS": each, "STEPS": -(-parts // each), "KEPT": kept,
+        "ROWS": ir.static(p.m), "SYMMETRIC": p.symmetric, "PARTS": each, "STEPS": steps,
+        "KEPT": steps == 1 and config.block_m <= 2,
     }
 
 
-CONFIGS = tuple(Config(MOST_ROWS, n, warps * OF_A_WARP, warps, 1) for n, warps in ((8, 4), (4, 4), (8, 8), (4, 8), (8, 2), (4, 2), (16, 4)))
-DEFAULTS = (Default(CONFIGS[0], waves=2), Default(CONFIGS[1]))
+# Not tuned on a card yet: all of K at once where a program has warps for it, and enough programs for every multiprocessor.
+CONFIGS = tuple(
+    Config(MOST_ROWS, n, warps * OF_A_WARP, warps, 1) for n, warps in ((8, 4), (8, 8), (4, 4), (4, 8), (16, 4), (8, 2), (4, 2))
+)
+DEFAULTS = (
+    Default(CONFIGS[0], upto=2, k=8193), Default(CONFIGS[1], upto=2, k=4097), Default(CONFIGS[0], upto=2),
+    # as gemv.py's: three and four rows of a large weight
+    Default(None, n=8192, k=1024), Default(None, n=1024, k=8192), Default(CONFIGS[1], k=4097), Default(CONFIGS[0]),
+)
 KERNEL = Kernel("int4_gemv_dynamic", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
