@@ -125,7 +125,10 @@ CONFIGS = [
     (scheme, m, kernel, config)
     for kernel, problems in (
         (gemv.DYNAMIC, [("int8dq-asymact", 4)]),
-        (int4_gemv_dynamic.KERNEL, [("int8dq-int4w", 1), ("int8dq-int4w-asym-asymact", 2), ("int8dq-int4w-128-asym-asymact", 4)]),
+        (
+            int4_gemv_dynamic.KERNEL,
+            [("int8dq-int4w", 1), ("int8dq-int4w", 4), ("int8dq-int4w-asym-asymact", 2), ("int8dq-int4w-128-asym-asymact", 4)],
+        ),
     )
     for scheme, m in problems for config in distinct(kernel)
 ]

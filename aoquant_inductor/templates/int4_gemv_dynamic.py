@@ -31,10 +31,13 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
     # a thread loads eight scales at once: of more rows they would be another's
-    rows = config.block_n if p.groups == 1 and p.m == 1 else min(config.block_n, 8)
+    most = 16 if p.groups == 1 and p.m == 1 else 8
+    if p.groups > 1 and p.zero is not None and not p.symmetric and int(p.m) > 2:  # zeros of both sides for every group
+        most = 4
     warps = min(config.num_warps, max(1, k // OF_A_WARP))
     return replace(
-        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=rows, block_k=warps * OF_A_WARP, num_warps=warps
+        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * OF_A_WARP,
+        num_warps=warps,
     )
 
 
