@@ -22,31 +22,33 @@ from test_triton_offline import check, distinct
 
 from aoquant_inductor.patterns import dynamic
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates import Config, gemv
+from aoquant_inductor.templates import Config, Kernel, gemv, int4_gemv_dynamic
 
 SCHEMES = ["int8dq", "int8dq-asymact"]
+INT4 = ["int8dq-int4w", "int8dq-int4w-asymact", "int8dq-int4w-128"]
 
 
 def rows(m: int, k: int = 64) -> torch.Tensor:
     return torch.randn(m, k).bfloat16()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + INT4)
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 def test_a_chain_is_one_launch_per_linear(scheme: str, m: int) -> None:
-    code = offline.render_chain(scheme, rows(m), 5).code
+    code = offline.render_chain(scheme, rows(m, 64 if scheme != "int8dq-int4w-128" else 256), 5).code
     assert offline.launches(code) == ["tem"] * 5, code
     assert "torch.int8" not in code.split("def call(")[1].split("return (")[0], "no x_q in memory"
 
 
 def test_what_is_not_told_or_not_fit_stays_two_launches() -> None:
     assert offline.launches(offline.render_chain("int8dq", rows(1), 3, told=False).code) == ["per", "tem"] * 3
-    for x in (rows(5), rows(1, 72)):  # too many rows; K is no multiple of 16
-        launched = offline.launches(offline.render_chain("int8dq", x, 2).code)
+    # too many rows; rows that are no multiple of 16 bytes
+    for scheme, x in (("int8dq", rows(5)), ("int8dq", rows(1, 72)), ("int8dq-int4w", rows(5)), ("int8dq-int4w", rows(2, 76))):
+        launched = offline.launches(offline.render_chain(scheme, x, 2).code)
         assert launched.count("per") == launched.count("tem") == 2, launched
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + INT4)
 def test_a_producer_that_runs_anyway_stays_one_kernel(scheme: str) -> None:
     code = offline.render_gated(scheme, 1, 256, 1024, told=True).code
     assert offline.launches(code) == ["per", "tem", "tem"], code
@@ -109,7 +111,7 @@ def test_the_graph_tells_x_where_a_kernel_takes_it() -> None:
     assert dynamic.TOLD_ROWS == {"cuda": gemv.MOST_ROWS}
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *INT4, "int8dq-int4w-128-asym-asymact"])
 def test_the_default_compiles_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
     for m, n, k in ((1, 64, 64), (4, 4099, 4112)):
         rendered = offline.render(scheme, m, n, k, torch.bfloat16, arch=arch, quantizing=True)
@@ -119,26 +121,56 @@ def test_the_default_compiles_to_the_instruction_meant(scheme: str, arch: int, t
         assert k == 64 or {"evict_first", "evict_last"} == set(re.findall(r"ld\.global\.L1::(\w+)\S*\.v4\.b32", ptx))
 
 
-@pytest.mark.parametrize("config", distinct(gemv.DYNAMIC), ids=str)
-def test_every_config_compiles_without_spills(config: Config, tmp_path: Path) -> None:
-    rendered = offline.render(
-        "int8dq-asymact", 4, 256, 14336, torch.float16, config=(gemv.DYNAMIC, config), quantizing=True
+CONFIGS = [
+    (scheme, m, kernel, config)
+    for kernel, problems in (
+        (gemv.DYNAMIC, [("int8dq-asymact", 4)]),
+        (
+            int4_gemv_dynamic.KERNEL,
+            [("int8dq-int4w", 1), ("int8dq-int4w", 4), ("int8dq-int4w-asym-asymact", 2), ("int8dq-int4w-128-asym-asymact", 4)],
+        ),
     )
-    check(rendered, tmp_path, 90)
+    for scheme, m in problems for config in distinct(kernel)
+]
+
+
+@pytest.mark.parametrize(("scheme", "m", "kernel", "config"), CONFIGS, ids=lambda v: getattr(v, "template", str(v)))
+def test_every_config_compiles_without_spills(scheme: str, m: int, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    dtype = torch.float16 if kernel is gemv.DYNAMIC else torch.bfloat16
+    rendered = offline.render(scheme, m, 256, 14336, dtype, config=(kernel, config), quantizing=True)
+    assert "dp4a.s32.s32" in check(rendered, tmp_path, 90)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_weights_of_int4_are_on_their_way_before_x_is_waited_for(m: int, tmp_path: Path) -> None:
+    """Of 896x4864 all of them; and nothing of x but its range moves between threads."""
+    rendered = offline.render("int8dq-int4w", m, 896, 4864, torch.bfloat16, bias=False, quantizing=True)
+    built = offline.assemble(rendered.code, tmp_path)
+    loads = re.findall(r"bar\.sync|ld\.global\.L1::(evict_\w+)", built.asm["ptx"])
+    assert loads[:9] == ["evict_first"] * 8 + [""] and "evict_first" not in loads[9:], loads
+    assert built.metadata.shared <= 1024
 
 
 CASES = [
     ("int8dq", "bfloat16", 1, 33, 64), ("int8dq-asymact", "float16", 2, 35, 208), ("int8dq", "float16", 3, 5, 14336),
     ("int8dq-asymact", "bfloat16", 4, 6, 14336), ("int8dq-asymact", "bfloat16", 1, 19, 1040), ("int8dq", "bfloat16", 4, 33, 1040),
     ("int8dq", "float32", 2, 17, 2064), ("int8dq-asymact", "float32", 3, 17, 2064),
+    *(
+        (scheme, "bfloat16", *size) for scheme, *size in (
+            ("int8dq-int4w", 1, 48, 200), ("int8dq-int4w-asymact", 2, 35, 208), ("int8dq-int4w-asym-asymact", 4, 33, 1104),
+            ("int8dq-int4w-asym", 3, 20, 20000), ("int8dq-int4w-128", 1, 33, 14336), ("int8dq-int4w-256-asym", 2, 33, 5000),
+            ("int8dq-int4w-128-asym-asymact", 4, 20, 600), ("int8dq-int4w-128-asymact", 1, 19, 5000),
+        )
+    ),
 ]
 RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
-import pathlib, torch, offline, ptx
+import pathlib, re, torch, offline, ptx
+from aoquant_inductor import packing
 ptx.teach()
 torch.manual_seed(0)
 for scheme, dtype, m, n, k in {cases!r}:
-    kind, asym = getattr(torch, dtype), "asym" in scheme
+    kind, asym = getattr(torch, dtype), "asymact" in scheme
     r = offline.render(scheme, m, n, k, kind, quantizing=True)
     name, source, signature, _ = offline.kernel(r.code)
     assert r.code.count(".run(") == 1
@@ -169,12 +201,14 @@ for scheme, dtype, m, n, k in {cases!r}:
     # integers that are their own codes, scales of 1: the sums themselves
     t["x"].copy_(torch.randint(0 if asym else -7, 8, (m, k)))
     t["x"][:, -1] = 255 if asym else 127
-    t["w"].random_(-127, 128)
+    w = t["w"].random_(-127, 128) if "int4" not in scheme else packing.unpack(t["w"], k, n, "int4", "cuda_int8")
     t["scale"].fill_(1)
     t["bias"].copy_(torch.randint(-9, 10, (n,)))
     if asym:
-        t["sums"].copy_(t["w"].sum(1).float()[None])
-    want = t["x"].double() @ t["w"].double().t() + t["bias"].double()
+        t["sums"][:, :n] = w.sum(1).float()
+    groups = [int(size) for size in re.findall(r"w-(\\d+)", scheme)] or [k]
+    z = t["zero"].double()[:, :n].repeat_interleave(groups[0], 0)[:k].t() if "zero" in t else 0
+    want = t["x"].double() @ (w.double() - z).t() + t["bias"].double()
     assert torch.equal(run(), want.to(kind)) and torch.equal(r.expected, want.to(kind)), (scheme, dtype)
     print("right", scheme)
 """

@@ -114,7 +114,20 @@ def test_few_rows_are_quantized_in_the_matmul(scheme: str, n: int, k: int, m: in
     found = default(problem(scheme, n, k, m, quantizing=True))
     assert (found and str(found[1])) == wanted
     assert default(problem(scheme, n, k, m, CARDS["mi300"], quantizing=True), CARDS["mi300"]) is None
-    assert default(problem("int8dq-int4w", n, k, m, quantizing=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m", "wanted"),
+    [
+        (896, 4864, 1, "1x8x8192"), (4096, 4096, 2, "2x8x4096"), (4096, 14336, 1, "1x8x4096"), (48, 200, 1, "1x8x1024"),
+        (28672, 4096, 3, None), (4096, 4096, 3, "4x8x4096"), (64, 64, 5, None), (64, 76, 1, None),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["int8dq-int4w", "int8dq-int4w-128", "int8dq-int4w-asymact"])
+def test_few_rows_are_quantized_in_the_matmul_of_int4(scheme: str, n: int, k: int, m: int, wanted: str | None) -> None:
+    found = default(problem(scheme, n, k, m, quantizing=True))
+    assert (found and str(found[1])) == wanted
+    assert default(problem(scheme, n, k, m, CARDS["mi300"], quantizing=True), CARDS["mi300"]) is None
 
 
 SIZES = list(itertools.product((1, 7, 896, 4096, 28672), (1, 8, 65, 576, 4864, 14336), (1, 3, 17, 100, 5000)))

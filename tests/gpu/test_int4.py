@@ -11,7 +11,7 @@ import torch
 from aoquant_inductor import packing
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import Config, Kernel, int4
+from aoquant_inductor.templates import QUANTIZING, Config, Kernel, int4, int4_gemv_dynamic
 from benchmarks import render
 
 pytestmark = pytest.mark.gpu
@@ -28,11 +28,15 @@ SCHEMES_OF = {
     int4.ONE_SUM: ("int4wo-32-asym", "int4wo-64", "int4wo-row-asym", "int4wo-128-asymfloat"),
     int4.DYNAMIC_ROW: ("int8dq-int4w", "int8dq-int4w-asym-asymact"),
     int4.DYNAMIC_GROUPS: ("int8dq-int4w-128", "int8dq-int4w-256-asym", "int8dq-int4w-128-asym-asymact"),
+    int4_gemv_dynamic.KERNEL: (
+        "int8dq-int4w", "int8dq-int4w-asym", "int8dq-int4w-asym-asymact", "int8dq-int4w-128", "int8dq-int4w-256-asymact",
+        "int8dq-int4w-128-asym-asymact",
+    ),
 }
 CASES = [(scheme, kernel, config) for kernel, schemes in SCHEMES_OF.items() for scheme in schemes for config in kernel.configs if not config.tail]
 
 
-def operands(scheme: str, m: int, n: int, k: int) -> tuple[render.Op, render.Tensors]:
+def operands(scheme: str, m: int, n: int, k: int, quantizing: bool) -> tuple[render.Op, render.Tensors]:
     """One linear whose sums are integers below 2 ** 24: every scale is 1, in x too, whose extremes are those of int8."""
     choice = SCHEMES[scheme]
     spec, groups = choice.weight, n_groups(k, choice.weight.group_size)
@@ -46,7 +50,7 @@ def operands(scheme: str, m: int, n: int, k: int) -> tuple[render.Op, render.Ten
     low, high = (-8, 9) if choice.activation is None else (-127, 128) if choice.activation.symmetric else (-64, 192)
     x = torch.randint(low, high, (m, k), device="cuda")
     x[:, 0], x[:, 1] = low, high - 1
-    return render.linear(packed, x.bfloat16(), torch.randint(-8, 9, (n,), device="cuda").bfloat16(), choice)
+    return render.linear(packed, x.bfloat16(), torch.randint(-8, 9, (n,), device="cuda").bfloat16(), choice, quantizing)
 
 
 def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[Kernel, Config]) -> int | None:
@@ -54,7 +58,7 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
     wrong: int = 0
     code: Any = None
     for _ in range(3):
-        op, tensors = operands(scheme, m, n, k)
+        op, tensors = operands(scheme, m, n, k, config[0] in QUANTIZING)
         try:
             code = code or render.render(op, tensors, config)
         except Exception as error:  # Inductor wraps what a lowering raises
@@ -76,6 +80,8 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
 @pytest.mark.parametrize(("scheme", "kernel", "config"), CASES, ids=lambda v: str(v) if isinstance(v, Config) else getattr(v, "template", v))
 def test_integers_are_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     sizes = [(max(1, min(config.block_m, 5 if kernel.template == "int4_gemv" else config.block_m) - 1), 203, 4100), (config.block_m, 512, 4096)]
+    if kernel in QUANTIZING:
+        sizes = [(m, n, k) for m in (1, 2, 3, 4) for n, k in ((203, 4104), (512, 4096), (48, 200), (96, 14336))]
     sizes += [(2051, 4231, 1040)] if config.programs else []  # tiles enough for programs that each have several
     found = [difference(tmp_path, scheme, m, n, k, (kernel, config)) for m, n, k in sizes]
     if all(wrong is None for wrong in found):

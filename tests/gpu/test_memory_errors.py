@@ -28,6 +28,9 @@ def test_odd_shapes_under_memcheck() -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
     kernels = done.stdout
-    for kind in ("gemv", "gemv_dynamic", "linear W8A16", "linear W8A8", "persistent W8A8", "int4_gemv", "int4_linear", "int4_dynamic"):
+    for kind in (
+        "gemv", "gemv_dynamic", "linear W8A16", "linear W8A8", "persistent W8A8", "int4_gemv", "int4_linear", "int4_dynamic",
+        "int4_gemv_dynamic",
+    ):
         assert f"Triton {kind}" in kernels, kernels
     assert "portable: dequantize + mm" in kernels, kernels

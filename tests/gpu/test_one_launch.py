@@ -23,7 +23,7 @@ class Heads(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int4wo-32-asym", "int8dq-int4w-64"])
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int4wo-32-asym", "int8dq-int4w-64", "int8dq-int4w", "int8dq-int4w-128"])
 def test_one_launch_serves_three(scheme: str, mode: str) -> None:
     model, s = Heads().cuda().eval(), resolve(scheme)
     function = compiled(model, scheme, mode=mode)

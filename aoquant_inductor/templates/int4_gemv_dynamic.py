@@ -1,0 +1,64 @@
+"""int4_gemv_dynamic.py.jinja: int4 weights and a few rows of x that the kernel quantizes itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import packing_cuda
+from aoquant_inductor.card import Card
+from aoquant_inductor.problem import Problem
+from aoquant_inductor.templates import int4
+from aoquant_inductor.templates.gemv import MOST_ROWS
+from aoquant_inductor.templates.kernel import Config, Default, Kernel
+
+OF_A_WARP = 1024  # of K: a thread has 32, so that x moves between none
+
+
+def _fits(p: Problem, card: Card) -> bool:
+    m = ir.static(p.m)
+    return (
+        p.symmetric is not None and p.layout == "cuda_int8" and card.arch >= 80  # dp4a is NVIDIA's
+        and m is not None and m <= MOST_ROWS and (p.groups == 1 or p.group_size % packing_cuda.CHUNK == 0)
+        and p.by_tma and p.x.get_dtype() == torch.bfloat16  # 16 bytes at once, two elements a word
+    )
+
+
+def _adapt(p: Problem, config: Config) -> Config | None:
+    """As many rows as there are, and no more warps than have a part of K."""
+    k = 1 << (p.k - 1).bit_length()
+    # a thread loads eight scales at once: of more rows they would be another's
+    most = 16 if p.groups == 1 and p.m == 1 else 8
+    if p.groups > 1 and p.zero is not None and not p.symmetric and int(p.m) > 2:  # zeros of both sides for every group
+        most = 4
+    warps = min(config.num_warps, max(1, k // OF_A_WARP))
+    return replace(
+        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * OF_A_WARP,
+        num_warps=warps,
+    )
+
+
+def _keywords(p: Problem, config: Config) -> dict[str, Any]:
+    parts = -(-p.k // config.block_k)
+    # two at once are as much as registers hold beside x, of which a second row takes as much as eight of W
+    each = min(parts, 2 if config.block_m == 1 and config.block_n <= 8 else 1)
+    steps = -(-parts // each)
+    return int4.keywords(p, config) | {
+        "ROWS": ir.static(p.m), "SYMMETRIC": p.symmetric, "PARTS": each, "STEPS": steps,
+        "KEPT": steps == 1 and config.block_m <= 2,
+    }
+
+
+# Not tuned on a card yet: all of K at once where a program has warps for it, and enough programs for every multiprocessor.
+CONFIGS = tuple(
+    Config(MOST_ROWS, n, warps * OF_A_WARP, warps, 1) for n, warps in ((8, 4), (8, 8), (4, 4), (4, 8), (16, 4), (8, 2), (4, 2))
+)
+DEFAULTS = (
+    Default(CONFIGS[0], upto=2, k=8193), Default(CONFIGS[1], upto=2, k=4097), Default(CONFIGS[0], upto=2),
+    # as gemv.py's: three and four rows of a large weight
+    Default(None, n=8192, k=1024), Default(None, n=1024, k=8192), Default(CONFIGS[1], k=4097), Default(CONFIGS[0]),
+)
+KERNEL = Kernel("int4_gemv_dynamic", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
