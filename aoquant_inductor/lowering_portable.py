@@ -65,7 +65,9 @@ def _values(p: Problem, row: Any = None) -> Callable[[Any, Any], Any]:
 
     def value(ops: Any, index: Any) -> Any:
         n, k = index
-        group = (ir.floor_div(k, p.group_size), n)
+        # k // size. Inductor's C++ loops are split by a division of k alone, and lose what is left of K (torch 2.11 to 2.13)
+        even = p.k % p.group_size == 0
+        group = (ir.floor_div(k, p.group_size) if even else ir.floor_div(2 * k + 1, 2 * p.group_size), n)
         if blocks:
             group = packing_cuda.locate_group(*group, p.group_size, ir.floor_div, ir.modulo)
         value, s = (ops.to_dtype(t, F32) for t in (q((n, k)), scale(group)))

@@ -103,6 +103,24 @@ def test_portable_lowering(monkeypatch: pytest.MonkeyPatch, m: int) -> None:
     assert zoo.misses(x, got, 55) == {}
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_portable_lowering_of_a_last_group_that_is_not_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Inductor's C++ loop over such a K lost its end. And the backward, which is portable beside our kernels, too."""
+    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    names = ["int8wo-32", "int8wo-64", "int8wo-128", "int4wo-128", "int4wo-32-asymfloat"]
+    zoo = Zoo(names, dtype, [(129, 16), (200, 7), (160, 33), (145, 16), (513, 5)]).eval().requires_grad_(False)
+    x = zoo.inputs(7, dtype)
+    _, got, report = run(zoo, x, schemes=zoo.schemes)
+    assert_counts(report, len(names))
+    assert zoo.misses(x, got, GATE[dtype]) == {}
+    function = compiled(zoo, zoo.schemes)
+    leaves = {k: t.requires_grad_() for k, t in zoo.inputs(7, dtype).items()}
+    sum(y.float().sum() for y in function(leaves).values()).backward()
+    for name, linear in zoo.linears.items():
+        weight = from_pack(linear.weight, resolve(name))
+        assert sqnr_db(leaves[linear.in_features].grad, weight.sum(0).expand(7, -1)) > 40, name
+
+
 class Ranks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -30,11 +30,11 @@ def _fits(p: Problem, card: Card) -> bool:
 def _adapt(p: Problem, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
+    warps = min(config.num_warps, max(1, k // OF_A_WARP))
     # a thread loads eight scales at once: of more rows they would be another's
     most = 16 if p.groups == 1 and p.m == 1 else 8
-    if p.groups > 1 and p.zero is not None and not p.symmetric and int(p.m) > 2:  # zeros of both sides for every group
-        most = 4
-    warps = min(config.num_warps, max(1, k // OF_A_WARP))
+    if int(p.m) > 2 and (warps < 4 or (p.groups > 1 and p.zero is not None and not p.symmetric)):
+        most = 4  # more would not stay in registers, with zeros of both sides for every group
     return replace(
         config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * OF_A_WARP,
         num_warps=warps,
@@ -52,13 +52,15 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     }
 
 
-# Not tuned on a card yet: all of K at once where a program has warps for it, and enough programs for every multiprocessor.
 CONFIGS = tuple(
     Config(MOST_ROWS, n, warps * OF_A_WARP, warps, 1) for n, warps in ((8, 4), (8, 8), (4, 4), (4, 8), (16, 4), (8, 2), (4, 2))
 )
+FOUR_WARPS, EIGHT_WARPS, TWO_WARPS = CONFIGS[0], CONFIGS[1], CONFIGS[5]
+# Measured by benchmarks/tune.py on an H200: one row in one launch is 2 to 3.5 us faster everywhere; two rows of a large weight,
+# and more of a smaller one, are as fast apart, where the tensor core multiplies all rows at once.
 DEFAULTS = (
-    Default(CONFIGS[0], upto=2, k=8193), Default(CONFIGS[1], upto=2, k=4097), Default(CONFIGS[0], upto=2),
-    # as gemv.py's: three and four rows of a large weight
-    Default(None, n=8192, k=1024), Default(None, n=1024, k=8192), Default(CONFIGS[1], k=4097), Default(CONFIGS[0]),
+    Default(TWO_WARPS, upto=1, n=16384), Default(FOUR_WARPS, upto=1),
+    Default(FOUR_WARPS, upto=2, n=1024, elements=1 << 26), Default(EIGHT_WARPS, upto=2, elements=1 << 26),
+    Default(FOUR_WARPS, n=1024, elements=1 << 24), Default(EIGHT_WARPS, elements=1 << 24), Default(None),
 )
 KERNEL = Kernel("int4_gemv_dynamic", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
