@@ -30,11 +30,11 @@ def _fits(p: Problem, card: Card) -> bool:
 def _adapt(p: Problem, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
+    warps = min(config.num_warps, max(1, k // OF_A_WARP))
     # a thread loads eight scales at once: of more rows they would be another's
     most = 16 if p.groups == 1 and p.m == 1 else 8
-    if p.groups > 1 and p.zero is not None and not p.symmetric and int(p.m) > 2:  # zeros of both sides for every group
-        most = 4
-    warps = min(config.num_warps, max(1, k // OF_A_WARP))
+    if int(p.m) > 2 and (warps < 4 or (p.groups > 1 and p.zero is not None and not p.symmetric)):
+        most = 4  # more would not stay in registers, with zeros of both sides for every group
     return replace(
         config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * OF_A_WARP,
         num_warps=warps,
