@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--schemes", default="int8wo,int8dq")
     p.add_argument("--shapes", default="llama8b-o,llama8b-gate-up,llama8b-down", help="comma-separated NxK or names")
     p.add_argument("--m", default="1,16,64,256,1024,4096")
-    p.add_argument("--quantizing", action="store_true", help="kernels that quantize x themselves, for int8dq and few rows")
+    p.add_argument("--quantizing", action="store_true", help="kernels that quantize x themselves, for few rows")
     p.add_argument("--space", type=Path, help="Python that defines SPACE(problem) -> kernel name -> configs")
     p.add_argument("--load", type=float, default=0.1, help="seconds of a config before it is timed (default: %(default)s)")
     p.add_argument("--best", type=int, default=4, help="configs printed per problem")
