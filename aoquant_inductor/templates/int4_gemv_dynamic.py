@@ -61,6 +61,6 @@ FOUR_WARPS, EIGHT_WARPS, TWO_WARPS = CONFIGS[0], CONFIGS[1], CONFIGS[5]
 DEFAULTS = (
     Default(TWO_WARPS, upto=1, n=16384), Default(FOUR_WARPS, upto=1),
     Default(FOUR_WARPS, upto=2, n=1024, elements=1 << 26), Default(EIGHT_WARPS, upto=2, elements=1 << 26),
-    Default(FOUR_WARPS, n=1024, elements=1 << 24), Default(EIGHT_WARPS, elements=1 << 24), Default(None),
+    Default(FOUR_WARPS, n=1024, elements=20_000_000), Default(EIGHT_WARPS, elements=20_000_000), Default(None),
 )
 KERNEL = Kernel("int4_gemv_dynamic", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
