@@ -12,7 +12,6 @@ from typing import Any
 from aoquant_inductor.names import Other
 
 VERSION = 1
-
 WORTH_SAYING = 0.01  # of the linears' bytes
 QUANTIZED, SKIPPED = "quantized", "skipped"
 KEPT, RELEASED = "kept", "released"
@@ -106,7 +105,7 @@ class Report:
         sizes = f"{_size(t['bytes_before'])} -> {_size(t['bytes_after'])}"
         line = f"quantized {t['quantized']} of {t['linears']} linears ({'; '.join(parts)}), {sizes}"
         others = [
-            f"in no nn.Linear: {other['parameters']} parameters of {module}, {_size(other['bytes'])}"
+            f"in no nn.Linear: {other['parameters']} parameter(s) of {module}, {_size(other['bytes'])}"
             for module, other in t.get("others", {}).items() if other["bytes"] >= WORTH_SAYING * t["bytes_before"]
         ]
         return "\n".join([line, *others, *t.get("hints", ())])

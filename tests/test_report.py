@@ -235,7 +235,7 @@ def test_matrices_of_no_linear_are_named_where_they_are_many_bytes() -> None:
     _, _, report = run(model, torch.randn(1, 32))
     assert_counts(report, 3)
     assert report.totals["others"] == {"Experts": {"parameters": 1, "bytes": 4 * 32 * 32 * 4}}
-    assert report.summary().splitlines()[1:] == ["in no nn.Linear: 1 parameters of Experts, 16.4 kB"]
+    assert report.summary().splitlines()[1:] == ["in no nn.Linear: 1 parameter(s) of Experts, 16.4 kB"]
     planned = aoquant_inductor.plan(model)
     assert planned.totals["others"]["Experts"]["parameters"] == 2  # that F.linear reads the router only a graph says
     _, _, report = run(Two().eval(), tokens())
