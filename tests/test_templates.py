@@ -119,8 +119,9 @@ def test_few_rows_are_quantized_in_the_matmul(scheme: str, n: int, k: int, m: in
 @pytest.mark.parametrize(
     ("n", "k", "m", "wanted"),
     [
-        (896, 4864, 1, "1x8x8192"), (4096, 4096, 2, "2x8x4096"), (4096, 14336, 1, "1x8x4096"), (48, 200, 1, "1x8x1024"),
-        (28672, 4096, 3, None), (4096, 4096, 3, "4x8x4096"), (64, 64, 5, None), (64, 76, 1, None),
+        (896, 4864, 1, "1x8x4096"), (4096, 14336, 1, "1x8x4096"), (28672, 4096, 1, "1x8x2048"), (48, 200, 1, "1x8x1024"),
+        (896, 4864, 2, "2x8x8192"), (4096, 4096, 2, "2x8x4096"), (28672, 4096, 2, None),
+        (4096, 4096, 3, "4x8x4096"), (6144, 4096, 4, None), (64, 64, 5, None), (64, 76, 1, None),
     ],
 )
 @pytest.mark.parametrize("scheme", ["int8dq-int4w", "int8dq-int4w-128", "int8dq-int4w-asymact"])
