@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 
+import torch
 from torch import fx, nn
 
 from aoquant_inductor._inductor import private
@@ -84,6 +85,23 @@ def source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:
+    """Whether the graph writes to a placeholder or a part of it. Dynamo has run it on fake tensors, whose versions count that,
+    but not what is written through .data or as one of a list: that is found by the names of ops.
+    """
+    values = ((node, node.meta.get("example_value")) for node in gm.graph.nodes)
+    fakes = {node: value for node, value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided}
+    storage = lambda node: fakes[node].untyped_storage()._cdata  # noqa: E731
+    by_name = set()
+    for node in gm.graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__"):
+            first = node.args[0] if node.args else ()
+            by_name |= {storage(one) for one in (first if isinstance(first, (list, tuple)) else (first,)) if one in fakes}
+    counted = {node for node, value in fakes.items() if not value.is_inference() and value._version > 0}
+    return lambda node: node in counted or (node in fakes and storage(node) in by_name)
 
 
 def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -153,7 +153,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
-    written = _written(gm)
+    written = dynamo.written(gm)
     for site in sites:
         if written(site.weight):
             site.skip("written", "is written to by the graph that reads it: a pack would be of before.")
@@ -163,23 +163,6 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
         site.read_elsewhere = any(r is None or r.weight is not site.weight or site.weight in (r.x, r.bias) for r in readers)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     return sorted(sites, key=lambda site: order[site.node])
-
-
-def _written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:
-    """Whether the graph writes to a placeholder or a part of it. Dynamo has run it on fake tensors, whose versions count that,
-    but not what is written through .data or as one of a list: that is found by the names of ops.
-    """
-    values = ((node, node.meta.get("example_value")) for node in gm.graph.nodes)
-    fakes = {node: value for node, value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided}
-    storage = lambda node: fakes[node].untyped_storage()._cdata  # noqa: E731
-    by_name = set()
-    for node in gm.graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__"):
-            first = node.args[0] if node.args else ()
-            by_name |= {storage(one) for one in (first if isinstance(first, (list, tuple)) else (first,)) if one in fakes}
-    counted = {node for node, value in fakes.items() if not value.is_inference() and value._version > 0}
-    return lambda node: node in counted or (node in fakes and storage(node) in by_name)
 
 
 def pack(site: Site) -> None:
