@@ -30,7 +30,6 @@ AGAIN = "bf16 again"  # the baseline timed twice: how far equal models seem apar
 LINEARS = 210  # 30 layers x 7; the tied head stays bf16
 QUESTION = "What is the capital of France, and what is it known for?"
 ANSWER_IDS = 24
-ROUNDS = 15
 Say = Callable[[str], None]
 
 
@@ -146,7 +145,7 @@ def run(schemes: list[str], tokens: int, device: torch.device, say: Say) -> tupl
         say(f"{name}: compiling decode (2 of 2 graphs)")
         runner.step(ids[:1], PREFILL)
 
-    timings = measure({**runners, AGAIN: runners[BASELINE]}, ids[:PREFILL], ROUNDS, say)
+    timings = measure({**runners, AGAIN: runners[BASELINE]}, ids[:PREFILL], say)
     say(f"{BASELINE}: reference logits")
     truth = reference(runners[BASELINE].logits, scored)
     rows = []
@@ -182,8 +181,9 @@ def failed(rows: list[Row]) -> list[str]:
 
 def figures(row: Row, base: Row, tokens: int) -> dict[str, Any]:
     """One line of the CSV; speeds in tokens/s, _x against compiled bf16 of the same rounds, kl in nats/token."""
+    speeds = {name: round(value, 3) for name, value in asdict(row.timing).items() if name != "rounds"}
     return {
-        "model": "SmolLM2-135M", "scheme": row.scheme, **{k: round(v, 3) for k, v in asdict(row.timing).items()},
+        "model": "SmolLM2-135M", "scheme": row.scheme, **speeds,
         "linear_bytes": row.weight_bytes, "ppl": round(row.score.ppl, 4), "ppl_ratio": round(row.score.ppl / base.score.ppl, 5),
         "kl": "" if row.score.kl is None else round(row.score.kl, 5),
         "top1": "" if row.score.top1 is None else round(row.score.top1, 4),
@@ -212,7 +212,7 @@ def render(rows: list[Row], again: Timing, tokens: int, device: torch.device) ->
     lines += [
         "",
         f"SmolLM2-135M-Instruct, batch 1; {machine(device)}.",
-        f"x: against torch.compile bf16, paired within each of {ROUNDS} interleaved rounds; prefill of "
+        f"x: against torch.compile bf16, paired within each of {base.timing.rounds} interleaved rounds; prefill of "
         f"{PREFILL} tokens with all logits.",
         f"{AGAIN}: decode {again.decode_x:.2f}x, prefill {again.prefill_x:.2f}x; less is noise.",
         f"ppl (ratio), KL (nats/token), top-1 agreement: against bf16 on the same {tokens} tokens of pydoc.",

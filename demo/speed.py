@@ -30,6 +30,8 @@ from transformers import StaticCache
 PREFILL = 128  # ids of the timed prompt
 CACHE = 512  # ids the cache holds; decode attends over all of them, whatever the position
 BLOCK = 12  # decode steps per visit
+LEAST, MOST = 5, 15  # rounds: for a median
+SECONDS = 90.0  # that rounds may take beyond the least: on a CPU without bf16 arithmetic one takes 25
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Timing:
     prefill: float
     decode_x: float = 1.0
     prefill_x: float = 1.0
+    rounds: int = 1
 
 
 @dataclass
@@ -104,9 +107,12 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    runners: dict[str, Runner], prompt: Sequence[int], rounds: int, say: Callable[[str], None]
-) -> dict[str, Timing]:
+def rounds_of(seconds: float) -> int:
+    """How many rounds are timed where one takes so long."""
+    return min(MOST, max(LEAST, int(SECONDS / seconds)))
+
+
+def measure(runners: dict[str, Runner], prompt: Sequence[int], say: Callable[[str], None]) -> dict[str, Timing]:
     """Times a prefill of `prompt` and BLOCK decode steps per model and round; the ids are fixed, so sampling
     is no part of it. The first runner is the baseline of the ratios.
 
@@ -117,12 +123,16 @@ def measure(
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     order = list(runners)
-    for round_ in range(rounds + 1):
-        say(f"timing, round {round_} of {rounds}" if round_ else "timing, warm-up")
-        for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
-            pair = visit(runners[name], prompt)
-            if round_:
-                times[name].append(pair)
+    say("timing, warm-up")
+    start = time.perf_counter()
+    for name in order:
+        visit(runners[name], prompt)
+    rounds = rounds_of(time.perf_counter() - start)
+    for round_ in range(rounds):
+        say(f"timing, round {round_ + 1} of {rounds}")
+        first = round_ % len(order)
+        for name in order[first:] + order[:first]:
+            times[name].append(visit(runners[name], prompt))
     return {name: summary(times[order[0]], mine, len(prompt)) for name, mine in times.items()}
 
 
@@ -141,4 +151,4 @@ def summary(base: Sequence[tuple[float, float]], mine: Sequence[tuple[float, flo
     prefill, decode = (statistics.median(column) for column in zip(*mine, strict=True))
     ratios = [(b[0] / m[0], b[1] / m[1]) for b, m in zip(base, mine, strict=True)]
     prefill_x, decode_x = (statistics.median(column) for column in zip(*ratios, strict=True))
-    return Timing(1 / decode, count / prefill, decode_x, prefill_x)
+    return Timing(1 / decode, count / prefill, decode_x, prefill_x, len(mine))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # demo/ is not 
 from demo import __main__ as cli
 from demo import weights
 from demo.evaluate import Score, reference, score, windows
-from demo.speed import Runner, Timing, summary
+from demo.speed import Runner, Timing, rounds_of, summary
 
 
 def probabilities(*rows: list[float]) -> torch.Tensor:
@@ -102,7 +102,13 @@ def test_ratios_are_paired_within_a_round() -> None:
     """The machine is ten times slower in the second round; the model stays twice as fast in each."""
     base = [(4.0, 0.4), (40.0, 4.0), (4.0, 0.4)]
     mine = [(2.0, 0.2), (20.0, 2.0), (20.0, 2.0)]
-    assert summary(base, mine, 100) == Timing(decode=0.5, prefill=5.0, decode_x=2.0, prefill_x=2.0)
+    assert summary(base, mine, 100) == Timing(decode=0.5, prefill=5.0, decode_x=2.0, prefill_x=2.0, rounds=3)
+
+
+def test_long_rounds_are_fewer_and_the_table_says_how_many() -> None:
+    assert [rounds_of(seconds) for seconds in (0.1, 6.0, 9.0, 23.0)] == [15, 15, 10, 5]
+    rows = [cli.Row("bf16", Timing(10.0, 100.0, rounds=7), Score(10.0, 0.0, 1.0), 10**8, "Paris.")]
+    assert "paired within each of 7 interleaved rounds" in cli.render(rows, Timing(10.0, 100.0), 512, torch.device("cpu"))
 
 
 def test_another_wheel_is_refused_before_anything_is_read(tmp_path: Path) -> None:
