@@ -1,16 +1,17 @@
 """Whole models (models.py): bf16 under torch.compile, each scheme through aoquant, torchao where it is installed.
 
-Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own. `--jobs` of them compile at
-once (their compile time is then left empty); measured is one at a time, in VISITS turns of each. step: device time of one
-step, the queue kept full where the host is fast enough for it. host: until the call returns, the device idle before. resident
-and peak: torch.cuda's allocator after the first call, and at most until then; of the whole process on CPU they are left empty.
-error: SQNR in dB of the step's result against compiled bf16's.
+Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own; or the middle one of
+Case.processes. `--jobs` of them compile at once (their compile time is then left empty); measured is one at a time, in VISITS
+turns of each. step: device time of one step, the queue kept full where the host is fast enough for it. host: until the call
+returns, the device idle before. resident and peak: torch.cuda's allocator after the first call, and at most until then; of the
+whole process on CPU they are left empty. error: SQNR in dB of the step's result against compiled bf16's.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -174,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--peers", action="store_true", help="torchao's matching schemes too")
     p.add_argument("--mode", default="", help="of torch.compile, for all (default: the case's; on a CPU `default`)")
     p.add_argument("--seconds", type=float, default=2.0, help="of timed steps per row (default: %(default)s)")
+    p.add_argument("--processes", type=int, default=0, help="per row: the middle one (default: the case's; on a CPU 1)")
     turns.arguments(p)
     p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     p.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
@@ -184,26 +186,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     refused = []
     with tempfile.TemporaryDirectory() as folder:
-        wanted = []
+        wanted: list[tuple[str, str]] = []
         for name in args.cases.split(","):
             schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
             peers = [PEER + s for s in schemes if args.peers and s not in CASES[name].mixed]
             eager = [EAGER] * (CASES[name].eager and not args.schemes)
-            wanted += [(name, scheme) for scheme in ("bf16", *eager, *schemes, *peers)]
+            once = [(name, scheme) for scheme in ("bf16", *eager, *schemes, *peers)]
+            processes = args.processes or (CASES[name].processes if args.device == "cuda" else 1)
+            wanted += [row for row in once for _ in range(processes)]
         commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]
 
         def ready(which: int, seconds: float) -> None:
             print(f"{' '.join(wanted[which])}: prepared after {seconds:.0f} s", file=sys.stderr, flush=True)
 
-        for (name, scheme), found in zip(wanted, turns.run(commands, args.jobs, args.limit, ready), strict=True):
-            if isinstance(found, turns.Failed):
-                refused.append(f"{name} {scheme}: {found}")
+        results = zip(wanted, turns.run(commands, args.jobs, args.limit, ready), strict=True)
+        for (name, scheme), group in itertools.groupby(results, lambda result: result[0]):
+            found = [printed for _, printed in group]
+            if failed := [str(each) for each in found if isinstance(each, turns.Failed)]:
+                refused += [f"{name} {scheme}: {message}" for message in failed]
                 continue
-            row: dict[str, Any] = json.loads(found)
+            done = sorted((json.loads(str(each)) for each in found), key=lambda row: row["ms"])
+            row: dict[str, Any] = done[len(done) // 2]
             if args.jobs > 1:
                 row["compile_s"] = ""
             rows += measure.append([row], BENCH, args.device, args.results)
-            print(f"{name} {scheme}: {row['ms']} ms", file=sys.stderr, flush=True)
+            print(f"{name} {scheme}: {' '.join(str(each['ms']) for each in done)} ms", file=sys.stderr, flush=True)
     return cli.finish(rows, table(rows) if rows else "", refused, args)
 
 

@@ -29,6 +29,7 @@ class Case:
     """per_step: how many `unit`s a step makes. mode: torch.compile's, for bf16 and ours. blockwise: compile these children.
 
     schemes: what is measured: a scheme for all linears, or a label that `mixed` has options for. eager: bf16 not compiled, too.
+    processes: of which a row is the middle one, where the host's time differs more between processes than between schemes.
     """
 
     make: Callable[[str], Made]
@@ -39,6 +40,7 @@ class Case:
     blockwise: str = ""
     mixed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     eager: bool = False
+    processes: int = 1
 
     def options(self, label: str) -> dict[str, Any]:
         """The options of backend="aoquant" for one of `schemes`, or for any scheme."""
@@ -95,7 +97,7 @@ def _generate(name: str, tokens: int, schemes: tuple[str, ...] = WEIGHT_ONLY) ->
 
 CASES: Mapping[str, Case] = MappingProxyType(
     {
-        "toy": Case(toy, 1, "call", GRAPHS, (*WEIGHT_ONLY, "int8dq")),
+        "toy": Case(toy, 1, "call", GRAPHS, (*WEIGHT_ONLY, "int8dq"), processes=5),
         **{f"{short}-decode-{batch}": _decode(name, batch) for short, name in NAMES.items() for batch in (1, 8, 32)},
         **{f"{short}-decode-32-flex": _decode(name, 32, attention="flex_attention") for short, name in NAMES.items()},
         **{f"{short}-prefill-{count}": _prefill(name, count) for short, name in NAMES.items() for count in (512, 4096)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,26 @@ def test_models_in_processes_of_their_own(tmp_path: Path, capsys: pytest.Capture
     assert all(float(row["error_db"]) > 20 for row in rows if row["quantized"]), rows
     (file,) = tmp_path.glob("*.model.csv")
     assert len(file.read_text().splitlines()) == 5
+
+
+def test_a_row_is_the_middle_one_of_its_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import bench_model, turns
+
+    def run(commands: Sequence[Sequence[str]], *_: object) -> Iterator[str | turns.Failed]:
+        assert [command[4:6] for command in commands] == [["toy", "bf16"]] * 3 + [["toy", "int8wo"]] * 3 + [["toy", "int8dq"]] * 3
+        row = dict.fromkeys(bench_model.COLUMNS, "") | {"case": "toy", "rate": 1.0, "unit": "call/s"}
+        for scheme, times in (("bf16", (2, 9, 1)), ("int8wo", (5, 4, 3))):
+            yield from (json.dumps(row | {"scheme": scheme, "ms": ms}) for ms in times)
+        yield from ("{}", turns.Failed("out of memory"), "{}")
+
+    monkeypatch.setattr(turns, "run", run)
+    argv = ["--cases", "toy", "--schemes", "int8wo,int8dq", "--device", "cpu", "--processes", "3", "--json"]
+    assert bench_model.main([*argv, "--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert [(row["scheme"], row["ms"]) for row in json.loads(printed.out)["rows"]] == [("bf16", 2), ("int8wo", 4)]
+    assert "toy int8dq: out of memory" in printed.out + printed.err
 
 
 def test_a_ladder_is_eager_compiled_and_every_rung(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
