@@ -40,7 +40,9 @@ def rows_in_registers() -> Iterator[None]:
         def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
             length = features.reduction_numel
             short = getattr(length, "is_Integer", False) and int(length) <= LONGEST
-            if short and not cooperative_reduction and features.get_reduction_hint() == hint.INNER and _quantizes(features):
+            # DEFAULT: rows that are read or written in another order than they lie, as windows and heads are
+            along = features.get_reduction_hint() in (hint.INNER, hint.DEFAULT)
+            if short and not cooperative_reduction and along and _quantizes(features):
                 return True
             return bool(theirs.should_use_persistent_reduction(features, cooperative_reduction))
 

@@ -107,6 +107,17 @@ def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
     assert [kind for name in names if (kind := name.split("_")[1]) in ("per", "red")] == ["per"], names
 
 
+def test_a_row_of_a_window_is_read_once_to_be_quantized() -> None:
+    """Rows that are taken in another order than they lie, as SAM's windows of 14x14, which Inductor does not call INNER."""
+
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.pad(torch.nn.functional.layer_norm(x, (1280,)), (0, 0, 0, 6, 0, 6))
+        return x.reshape(2, 5, 14, 5, 14, 1280).permute(0, 1, 3, 2, 4, 5).reshape(50, 14, 14, 1280)
+
+    code = offline.render_chain("int8dq", torch.randn(2, 64, 64, 1280).bfloat16(), 1, of=windows).code
+    assert offline.launches(code) == ["red", "per", "tem"], code  # LayerNorm's statistics, the codes, the linear
+
+
 # bf16 is broken in Triton's interpreter but for what ptx.py teaches it: the general kernel in fp16 and fp32, bf16 on the card.
 SPLIT = "(linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=4))"
 SWAPPED = "(linear.GENERAL, Config(32, 64, 128, 4, 3, swap=True, split_k=2))"
