@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import offline
 
 from aoquant_inductor import card
 from aoquant_inductor._inductor_choices import EARLY
+from aoquant_inductor._inductor_reduction import warps
 from aoquant_inductor.templates import Config, Kernel, gemv, int4, linear
 
 INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8", 100: "(tcgen05.mma.*|m16n8k32.*s32.s8.s8)"}
@@ -104,7 +106,8 @@ def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
     rendered = offline.render_gated("int8dq", m, 64, k)
     names = re.findall(r"^(triton_\w+) = async_compile", rendered.code, re.M)
     # a "poi" of two rows fills the counters of split-K
-    assert [kind for name in names if (kind := name.split("_")[1]) in ("per", "red")] == ["per"], names
+    assert [kind for name in names if (kind := name.split("_")[1]) in ("unk", "per", "red")] == ["unk"], names
+    # "unk": a config of ours
 
 
 def test_a_row_of_a_window_is_read_once_to_be_quantized() -> None:
@@ -115,7 +118,20 @@ def test_a_row_of_a_window_is_read_once_to_be_quantized() -> None:
         return x.reshape(2, 5, 14, 5, 14, 1280).permute(0, 1, 3, 2, 4, 5).reshape(50, 14, 14, 1280)
 
     code = offline.render_chain("int8dq", torch.randn(2, 64, 64, 1280).bfloat16(), 1, of=windows).code
-    assert offline.launches(code) == ["red", "per", "tem"], code  # LayerNorm's statistics, the codes, the linear
+    assert offline.launches(code) == ["red", "unk", "tem"], code  # LayerNorm's statistics, the codes, the linear
+
+
+def test_warps_that_a_row_is_a_multiple_of() -> None:
+    assert {k: warps(k) for k in (1280, 3072, 4096, 4864, 5120, 8192, 14336, 16384)} == {
+        1280: 1, 3072: 4, 4096: 8, 4864: 4, 5120: 4, 8192: 8, 14336: 16, 16384: 16,
+    }
+
+
+@pytest.mark.parametrize(("patches", "kind"), [({}, "unk"), ({"coordinate_descent_tuning": True}, "per")])
+def test_where_inductor_measures_configs_they_are_its_own(patches: dict[str, Any], kind: str) -> None:
+    code = offline.render_chain("int8dq", torch.randn(64, 1280).bfloat16(), 1, patches=patches).code
+    assert offline.launches(code) == [kind, "tem"]
+    assert ("{'XBLOCK': 1, 'num_warps': 1}" in code) == (kind == "unk")
 
 
 # bf16 is broken in Triton's interpreter but for what ptx.py teaches it: the general kernel in fp16 and fp32, bf16 on the card.
