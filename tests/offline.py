@@ -257,6 +257,6 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
 
 def crowded(scheme: str, kernel: Kernel, config: Config) -> bool:
     """Whether the kernel has no such config for the scheme: more zeros than registers."""
-    return (kernel.template, scheme, config.block_n) == ("int4_fma", "int4wo-32-asym", 8) or (
+    return ((kernel.template, scheme) == ("int4_fma", "int4wo-32-asym") and config.block_n > 4) or (
         (kernel.template, scheme, config.num_warps) == ("int4_gemv", "int4wo-32-asymfloat", 1) and config.block_k > 128
     )

@@ -29,6 +29,19 @@ def test_the_scales_of_a_chunk_are_one_load(scheme: str, kernel: Kernel, config:
     assert set(re.findall(r"ld\.global\.((?:v\d\.)?b\d+)", ptx)) == loads
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("scheme", ["int4wo-128-asym", "int4wo-32"])
+def test_one_tokens_weights_are_on_their_way_before_x(scheme: str, rows: int, tmp_path: Path) -> None:
+    """All of K at once, 16 bytes a load; then x, of which nothing moves between warps."""
+    rendered = offline.render(scheme, 1, 256, 4096, torch.bfloat16, bias=False, config=(int4.FMA, replace(int4.FMA_FULL, block_n=rows)))
+    built = offline.assemble(rendered.code, tmp_path)
+    ptx = str(built.asm["ptx"])
+    loads = re.findall(r"ld\.global\.L1::(evict_\w+)\S*\.v4\.b32|(bar\.sync)", ptx[: ptx.index("fma.rn.f32")])
+    assert [a or b for a, b in loads] == ["evict_first"] * rows + ["bar.sync"] + ["evict_last"] * 4, loads
+    assert ptx.index("evict_first") < max(m.start() for m in re.finditer(r"ld\.global\.(?:v\d\.)?b", ptx)) < ptx.index("bar.sync"), "scales"
+    assert built.metadata.shared <= 4096
+
+
 @pytest.mark.parametrize(("scheme", "kernel", "config"), [
     ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W16, split_k=4)), ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W64, split_k=16)),
     ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W128, split_k=2)), ("int8dq", linear.INT8_DYNAMIC, replace(linear.D64_WIDE, split_k=4)),

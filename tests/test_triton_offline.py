@@ -191,6 +191,11 @@ INT4 += [
     ("int4wo-32-asymfloat", 2, 40, 1100, "(int4.GEMV_GROUPS, int4.GEMV_SHORT)"),
     ("int4wo-64", 1, 48, 2048, "(int4.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
     ("int4wo-row", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
+    # rows that no block divides; several steps or parts, of which the last ends beyond K; x in words, or an element at a time
+    ("int4wo-128", 1, 33, 4864, "(int4.FMA, int4.FMA_HALF)"), ("int4wo-row-asym", 1, 37, 4864, "(int4.FMA, int4.FMA_SHORT)"),
+    ("int4wo-256-asym", 1, 70, 5000, "(int4.FMA, int4.FMA_WIDE)"), ("int4wo-32-asymfloat", 1, 33, 4864, "(int4.FMA, int4.FMA_FULL)"),
+    ("int4wo-64-asym", 1, 33, 896, "(int4.FMA, int4.FMA_SHORT)"), ("int4wo-128", 1, 33, 3001, "(int4.FMA, int4.FMA_SHORT)"),
+    ("int4wo-128-asym", 1, 33, 4864, "(int4.FMA, int4.FMA_SINGLY)"), ("int4wo-row-asym", 1, 33, 4101, "(int4.FMA, int4.FMA_FULL)"),
     ("int4wo-128", 40, 70, 1104, "(int4.SUMS, Config(32, 64, 128, 4, 3, tma=True))"),
     ("int4wo-row-asym", 40, 70, 400, "(int4.ONE_SUM, Config(32, 64, 128, 4, 3, split_k=2, tma=True))"),
 ]
@@ -207,7 +212,7 @@ DENSE = (  # all of a weight in bf16
 )
 CASES += [(scheme, "bfloat16", *size, str(config)) for scheme, *size, config in INT4]
 PARTS = [
-    ("int4wo-128", "bfloat16", 3, 400), ("int4wo-128-asym", "bfloat16", 20, 400), ("int4wo-32-asym", "bfloat16", 40, 300),
+    ("int4wo-128", "bfloat16", 3, 400), ("int4wo-128-asym", "bfloat16", 1, 1104), ("int4wo-32", "bfloat16", 1, 1104), ("int4wo-128-asym", "bfloat16", 20, 400), ("int4wo-32-asym", "bfloat16", 40, 300),
     ("int4wo-64-asymfloat", "bfloat16", 5, 400), ("int8dq-int4w-128-asym", "bfloat16", 20, 400), ("int8wo-64", "bfloat16", 20, 512),
     ("int8wo-128", "float16", 1, 512), ("int4wo-32-asym", "float16", 5, 96),
 ]

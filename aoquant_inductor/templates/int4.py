@@ -86,17 +86,30 @@ def _fma_adapt(p: Problem, config: Config) -> Config | None:
     _, k_pad = packing_cuda.padded_shape(p.n, p.k)
     # a scale and a zero for every word of a row: not for so many rows
     crowded = config.block_n > 4 and p.zero is not None and _small_groups(p)
-    return None if (p.n % 16 and config.block_n % 16) or k_pad < config.block_k or crowded else config
+    return None if 2 * k_pad <= config.block_k or crowded else config
+
+
+def _fma_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    # two parts of four rows at once are as much as registers hold beside x
+    several = config.block_n <= 4 and config.split_k == 1 and config.block_k < p.k
+    return keywords(p, config) | {"SINGLY": False, "WORDS": p.by_tma, "PARTS": 2 if several else 1}
 
 
 # One token and a small weight, where the others split K: .5 to 2 us faster (H200), and slower where the weight is larger.
 SMALL = 1 << 25
-FMA_FULL, FMA_HALF, FMA_SHORT = (Config(1, 4, 1024 * warps, warps, 1) for warps in (4, 2, 1))
+OF_A_WARP = 1024  # of K: a thread has 32
+FMA_FULL, FMA_HALF, FMA_SHORT, FMA_LONG = (Config(1, 4, OF_A_WARP * warps, warps, 1) for warps in (4, 2, 1, 8))
+FMA_WIDE = replace(FMA_FULL, block_n=8)
+FMA_SINGLY = replace(FMA_FULL, extra=(("SINGLY", True),))
 FMA = Kernel(
     "int4_fma", _fma_fits,
-    (FMA_FULL, FMA_HALF, FMA_SHORT, replace(FMA_FULL, block_n=2), replace(FMA_FULL, block_n=8)), keywords, _fma_adapt,
     (
-        Default(FMA_HALF, upto=1, k=2048, waves=4, elements=SMALL), Default(FMA_FULL, upto=1, k=4096, elements=SMALL),
+        FMA_FULL, FMA_WIDE, FMA_HALF, FMA_SHORT, FMA_LONG, replace(FMA_FULL, block_n=2),
+        replace(FMA_HALF, block_n=8), replace(FMA_LONG, block_n=8), FMA_SINGLY, replace(FMA_SINGLY, block_n=8),
+    ),
+    _fma_keywords, _fma_adapt,
+    (
+        Default(FMA_WIDE, upto=1, k=4096, waves=3, elements=SMALL), Default(FMA_FULL, upto=1, k=4096, elements=SMALL),
         Default(FMA_HALF, upto=1, k=2048, elements=SMALL), Default(FMA_SHORT, upto=1, elements=SMALL),
     ),
 )
