@@ -111,7 +111,8 @@ def _render(op: render.Op, tensors: render.Tensors, kernel: str, config: Config)
 
 
 def _text(config: Config) -> str:
-    return f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {dict(config.extra) or ''}"
+    further = dict(config.extra) | ({"PROGRAMS": config.programs} if config.programs else {})
+    return f"{config} w{config.num_warps} s{config.num_stages} g{config.group_m} {further or ''}"
 
 
 def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]], load: float) -> Iterator[dict[str, Any]]:

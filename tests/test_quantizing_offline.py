@@ -86,8 +86,9 @@ def test_in_a_search_either_form_may_win(together: bool, monkeypatch: pytest.Mon
         return callers[-1 if last else 0].output_node()
 
     monkeypatch.setattr(select_algorithm, "autotune_select_algorithm", choose)
-    code = offline.render_chain("int8dq", rows(2, 2048), 1, patches={"max_autotune": True}).code
-    assert sizes[0] == len(distinct(gemv.DYNAMIC)) + 1, "every config, and the two kernels"
+    code = offline.render_chain("int8dq", rows(2, 4096), 1, patches={"max_autotune": True}).code
+    # every config, of which two have as few rows of W beside two of x, and the two kernels
+    assert sizes[0] == len(distinct(gemv.DYNAMIC)) - 1 + 1
     launched = [kind for kind in offline.launches(code) if kind != "poi"]
     assert launched == (["tem"] if together else ["per", "tem"])
     assert len(sizes) == (1 if together else 2), "the second kernel is searched for, too"
@@ -124,7 +125,7 @@ def test_the_default_compiles_to_the_instruction_meant(scheme: str, arch: int, t
 CONFIGS = [
     (scheme, m, kernel, config)
     for kernel, problems in (
-        (gemv.DYNAMIC, [("int8dq-asymact", 4)]),
+        (gemv.DYNAMIC, [("int8dq", 1), ("int8dq-asymact", 2), ("int8dq-asymact", 4)]),
         (
             int4_gemv_dynamic.KERNEL,
             [("int8dq-int4w", 1), ("int8dq-int4w", 4), ("int8dq-int4w-asym-asymact", 2), ("int8dq-int4w-128-asym-asymact", 4)],
@@ -137,8 +138,23 @@ CONFIGS = [
 @pytest.mark.parametrize(("scheme", "m", "kernel", "config"), CONFIGS, ids=lambda v: getattr(v, "template", str(v)))
 def test_every_config_compiles_without_spills(scheme: str, m: int, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     dtype = torch.float16 if kernel is gemv.DYNAMIC else torch.bfloat16
-    rendered = offline.render(scheme, m, 256, 14336, dtype, config=(kernel, config), quantizing=True)
+    n, k = (8192, 4096) if config.programs else (256, 14336)  # more tiles than programs
+    rendered = offline.render(scheme, m, n, k, dtype, config=(kernel, config), quantizing=True)
     assert "dp4a.s32.s32" in check(rendered, tmp_path, 90)
+    assert bool(rendered.config and rendered.config.programs) == bool(config.programs)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (4, torch.float32)])
+def test_weights_of_int8_are_on_their_way_before_x_is_waited_for(
+    scheme: str, m: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """All of 4096x4096; and nothing of x but its range moves between threads."""
+    rendered = offline.render(scheme, m, 4096, 4096, dtype, bias=False, config=(gemv.DYNAMIC, gemv.EIGHT_WARPS), quantizing=True)
+    built = offline.assemble(rendered.code, tmp_path)
+    loads = re.findall(r"bar\.sync|ld\.global\.L1::(evict_\w+)", built.asm["ptx"])
+    assert loads[:9] == ["evict_first"] * 8 + [""] and "evict_first" not in loads[9:], loads
+    assert built.metadata.shared <= 1024
 
 
 @pytest.mark.parametrize(("m", "parts"), [(1, 2), (4, 1)])
@@ -156,6 +172,10 @@ CASES = [
     ("int8dq", "bfloat16", 1, 33, 64), ("int8dq-asymact", "float16", 2, 35, 208), ("int8dq", "float16", 3, 5, 14336),
     ("int8dq-asymact", "bfloat16", 4, 6, 14336), ("int8dq-asymact", "bfloat16", 1, 19, 1040), ("int8dq", "bfloat16", 4, 33, 1040),
     ("int8dq", "float32", 2, 17, 2064), ("int8dq-asymact", "float32", 3, 17, 2064),
+    ("int8dq", "bfloat16", 2, 40, 896), ("int8dq", "bfloat16", 1, 24, 4864), ("int8dq-asymact", "bfloat16", 3, 41, 528),
+    # more tiles than programs
+    ("int8dq", "bfloat16", 1, 269, 4112, Config(4, 2, 2048, 4, 1, programs=1)),
+    ("int8dq-asymact", "float16", 4, 536, 1040, Config(4, 4, 1024, 2, 1, programs=1)),
     *(
         (scheme, "bfloat16", *size) for scheme, *size in (
             ("int8dq-int4w", 1, 48, 200), ("int8dq-int4w-asymact", 2, 35, 208), ("int8dq-int4w-asym-asymact", 4, 33, 1104),
@@ -168,11 +188,12 @@ RUN = """
 import sys; sys.path[:0] = [{tests!r}, {root!r}]
 import pathlib, re, torch, offline, ptx
 from aoquant_inductor import packing
+from aoquant_inductor.templates import Config, gemv
 ptx.teach()
 torch.manual_seed(0)
-for scheme, dtype, m, n, k in {cases!r}:
+for scheme, dtype, m, n, k, *config in {cases!r}:
     kind, asym = getattr(torch, dtype), "asymact" in scheme
-    r = offline.render(scheme, m, n, k, kind, quantizing=True)
+    r = offline.render(scheme, m, n, k, kind, quantizing=True, config=(gemv.DYNAMIC, *config) if config else None)
     name, source, signature, _ = offline.kernel(r.code)
     assert r.code.count(".run(") == 1
     t, function = r.tensors, offline.load(name, source, pathlib.Path({tmp!r}))

@@ -24,9 +24,13 @@ def _fits(p: Problem, card: Card) -> bool:
     )
 
 
-def _adapt(p: Problem, config: Config) -> Config | None:
+def _adapt(p: Problem, config: Config) -> Config:
     """block_m is what the rows need, whatever the config says."""
     return replace(config, block_m=1 << (int(p.m) - 1).bit_length())
+
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+OF_A_WARP = 512  # of K: a thread has 16, so that x moves between none
 
 
 def _dynamic_fits(p: Problem, card: Card) -> bool:
@@ -34,17 +38,39 @@ def _dynamic_fits(p: Problem, card: Card) -> bool:
     return (
         m is not None and m <= MOST_ROWS and p.bits == 8 and p.symmetric is not None and p.zero is None and p.groups == 1
         and p.k % 16 == 0 and p.layout == "plain" and card.arch >= 80  # dp4a is NVIDIA's
+        and p.by_tma and p.x.get_dtype() in TYPES  # 16 bytes of x at once
     )
 
 
 def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
-    return _adapt(p, replace(config, block_k=max(64, min(config.block_k, 1 << (p.k - 1).bit_length()))))
+    """No more warps than have a part of K, and no more rows of W than stay in registers beside those of x."""
+    warps = min(config.num_warps, max(1, (1 << (p.k - 1).bit_length()) // OF_A_WARP))
+    most = 16 if p.m == 1 else 8 if int(p.m) == 2 or warps >= 4 else 4
+    block_n = min(config.block_n, most)
+    config = _adapt(p, replace(config, block_n=block_n, block_k=warps * OF_A_WARP, num_warps=warps))
+    return config if _split(p, config)[1] == 1 else replace(config, programs=0)  # x_q of several steps is too much to keep
+
+
+def _split(p: Problem, config: Config) -> tuple[int, int]:
+    """(parts of K in a step, steps): as many weights at once as registers hold, which are all of K in the best case."""
+    parts = -(-p.k // config.block_k)
+    at_once = max(1, 16 // config.block_n)
+    if parts > at_once and config.block_m > 1:
+        at_once = max(1, at_once // 2)  # the next step's come beside the rows of x
+    steps = -(-parts // at_once)
+    return -(-parts // steps), steps
 
 
 def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
-    # as much of x at once for its range as registers hold: its latency is what the weights wait for
-    wide = min(1 << (p.k - 1).bit_length(), (2048 if p.symmetric else 1024) * config.num_warps // config.block_m)
-    return {"ROWS": ir.static(p.m), "EVEN_K": p.k % config.block_k == 0, "SYMMETRIC": p.symmetric, "WIDE": max(64, wide)}
+    parts, steps = _split(p, config)
+    x_bytes, all_parts = p.x.get_dtype().itemsize, -(-p.k // config.block_k)
+    kept = steps == 1 and config.block_m * parts * x_bytes <= 8
+    at_once = parts if kept else min(all_parts, max(1, 16 // (config.block_m * x_bytes)))
+    return {
+        "ROWS": ir.static(p.m), "SYMMETRIC": p.symmetric, "X_BYTES": x_bytes, "BFLOAT16": p.x.get_dtype() == torch.bfloat16,
+        "PARTS": parts, "STEPS": steps, "KEPT": kept, "AT_ONCE": at_once, "RANGE_STEPS": -(-all_parts // at_once),
+        "WHOLE_PARTS": p.k // config.block_k, "EVEN_N": p.n % config.block_n == 0,
+    }
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
@@ -63,16 +89,18 @@ DEFAULTS = (
 )
 KERNEL = Kernel("gemv", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
 
-# On the same card, a quantization of its own counted to the other kernels: ahead of them by 2 to 4 us for one row, at 4096x4096
-# for up to four; for two rows of 28672x4096 3 us behind, which a launch less is worth to the host.
-DYNAMIC_CONFIGS = tuple(
-    Config(MOST_ROWS, *tile, 1)
-    for tile in ((16, 1024, 4), (8, 1024, 4), (4, 1024, 4), (8, 2048, 4), (32, 512, 4), (16, 1024, 8), (8, 512, 2))
+FOUR_WARPS, EIGHT_WARPS, LOW, LOWER = (Config(MOST_ROWS, n, w * OF_A_WARP, w, 1) for n, w in ((8, 4), (8, 8), (4, 4), (2, 8)))
+# x is quantized once for all the tiles of a program
+STAYING = replace(FOUR_WARPS, programs=4)
+DYNAMIC_CONFIGS = (
+    FOUR_WARPS, EIGHT_WARPS, LOW, replace(EIGHT_WARPS, block_n=4), LOWER, replace(EIGHT_WARPS, block_n=16),
+    Config(MOST_ROWS, 8, 2 * OF_A_WARP, 2, 1), STAYING, replace(EIGHT_WARPS, programs=2),
+    replace(EIGHT_WARPS, block_n=4, programs=3),
 )
 DYNAMIC_DEFAULTS = (
-    Default(DYNAMIC_CONFIGS[3], upto=2, k=8192), Default(DYNAMIC_CONFIGS[2], upto=2),
-    # three and four rows of a large weight: 10 us faster apart
+    Default(FOUR_WARPS, upto=2, n=1024), Default(LOW, upto=2),
+    # three and four rows of a large weight: faster apart, by 10 us when every program had x by way of the others (H200)
     Default(None, n=8192, k=1024), Default(None, n=1024, k=8192),
-    Default(DYNAMIC_CONFIGS[0], waves=1), Default(DYNAMIC_CONFIGS[2]),
+    Default(FOUR_WARPS, waves=1), Default(LOW),
 )
 DYNAMIC = Kernel("gemv_dynamic", _dynamic_fits, DYNAMIC_CONFIGS, _dynamic_keywords, _dynamic_adapt, DYNAMIC_DEFAULTS)
