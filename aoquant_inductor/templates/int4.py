@@ -90,27 +90,24 @@ def _fma_adapt(p: Problem, config: Config) -> Config | None:
 
 
 def _fma_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    parts = -(-p.k // config.block_k)
     # two parts of four rows at once are as much as registers hold beside x
-    several = config.block_n <= 4 and config.split_k == 1 and config.block_k < p.k
-    return keywords(p, config) | {"SINGLY": False, "WORDS": p.by_tma, "PARTS": 2 if several else 1}
+    each = min(parts, 2 if config.block_n <= 4 else 1)
+    return keywords(p, config) | {"WORDS": p.by_tma, "PARTS": each, "STEPS": -(-parts // each)}
 
 
 # One token and a small weight, where the others split K: .5 to 2 us faster (H200), and slower where the weight is larger.
 SMALL = 1 << 25
 OF_A_WARP = 1024  # of K: a thread has 32
 FMA_FULL, FMA_HALF, FMA_SHORT, FMA_LONG = (Config(1, 4, OF_A_WARP * warps, warps, 1) for warps in (4, 2, 1, 8))
-FMA_WIDE = replace(FMA_FULL, block_n=8)
-FMA_SINGLY = replace(FMA_FULL, extra=(("SINGLY", True),))
+FMA_MANY = replace(FMA_HALF, block_n=8)
 FMA = Kernel(
-    "int4_fma", _fma_fits,
-    (
-        FMA_FULL, FMA_WIDE, FMA_HALF, FMA_SHORT, FMA_LONG, replace(FMA_FULL, block_n=2),
-        replace(FMA_HALF, block_n=8), replace(FMA_LONG, block_n=8), FMA_SINGLY, replace(FMA_SINGLY, block_n=8),
-    ),
+    "int4_fma", _fma_fits, (FMA_FULL, replace(FMA_FULL, block_n=8), FMA_HALF, FMA_MANY, FMA_SHORT, FMA_LONG),
     _fma_keywords, _fma_adapt,
     (
-        Default(FMA_WIDE, upto=1, k=4096, waves=3, elements=SMALL), Default(FMA_FULL, upto=1, k=4096, elements=SMALL),
-        Default(FMA_HALF, upto=1, k=2048, elements=SMALL), Default(FMA_SHORT, upto=1, elements=SMALL),
+        Default(FMA_LONG, upto=1, k=4097, elements=SMALL), Default(FMA_MANY, upto=1, k=4096, waves=5, elements=SMALL),
+        Default(FMA_FULL, upto=1, k=4096, elements=SMALL), Default(FMA_HALF, upto=1, k=1025, elements=SMALL),
+        Default(FMA_SHORT, upto=1, elements=SMALL),
     ),
 )
 
