@@ -91,8 +91,9 @@ def _fma_adapt(p: Problem, config: Config) -> Config | None:
 
 def _fma_keywords(p: Problem, config: Config) -> dict[str, Any]:
     parts = -(-p.k // config.block_k)
-    # two parts of four rows at once are as much as registers hold beside x
-    each = min(parts, 2 if config.block_n <= 4 else 1)
+    # two parts of four rows at once are as much as registers hold beside x; in a loop zeros of groups are more
+    crowded = config.block_n > 4 or (parts > 2 and p.groups > 1 and p.zero is not None)
+    each = 1 if crowded else min(parts, 2)
     return keywords(p, config) | {"WORDS": p.by_tma, "PARTS": each, "STEPS": -(-parts // each)}
 
 
