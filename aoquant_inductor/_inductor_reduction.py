@@ -58,8 +58,8 @@ def rows_in_registers() -> Iterator[None]:
 
         def triton_kernel_kwargs(self, kernel: Any, features: Any, groups: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             kwargs = theirs.triton_kernel_kwargs(self, kernel, features, groups, kwargs)
-            one_row = set(groups[0]) == {"x", "r0_"} and _quantizes(features)
-            if _tuned() or not one_row or not Choices.should_use_persistent_reduction(features, False):
+            ours = set(groups[0]) == {"x", "r0_"} and _quantizes(features) and not _chosen_by_inductor(features)
+            if not ours or not Choices.should_use_persistent_reduction(features, False):
                 return kwargs
             length = int(features.reduction_numel)
             return kwargs | ({"fixed_config": fixed({"XBLOCK": 1, "num_warps": warps(length)})} if length > SHORT else {})
@@ -68,12 +68,12 @@ def rows_in_registers() -> Iterator[None]:
         yield
 
 
-def _tuned() -> bool:
-    """Whether Inductor measures configs of such kernels itself; and those of AMD's warps are not ours to choose."""
+def _chosen_by_inductor(features: Any) -> bool:
+    """Where Inductor measures configs of such kernels itself, and where a warp is not NVIDIA's, which is all that was measured."""
     (config,) = private("torch._inductor", "config")
-    return bool(
-        config.max_autotune or config.max_autotune_pointwise or config.coordinate_descent_tuning or torch.version.hip
-    )
+    measures = config.max_autotune or config.max_autotune_pointwise or config.coordinate_descent_tuning
+    device = next(iter(features.scheduler_nodes())).get_device()
+    return bool(measures or device.type != "cuda" or torch.version.hip)
 
 
 def _quantizes(features: Any) -> bool:
