@@ -69,7 +69,7 @@ def rows_in_registers() -> Iterator[None]:
 
 
 def _chosen_by_inductor(features: Any) -> bool:
-    """Where Inductor measures configs of such kernels itself, and where a warp is not NVIDIA's, which is all that was measured."""
+    """Where Inductor measures configs of such kernels itself, and on cards that are not NVIDIA's, which alone were measured."""
     (config,) = private("torch._inductor", "config")
     measures = config.max_autotune or config.max_autotune_pointwise or config.coordinate_descent_tuning
     device = next(iter(features.scheduler_nodes())).get_device()
