@@ -105,8 +105,8 @@ def test_many_rows_of_int8_are_one_launch_of_as_many_programs_as_fit(m: int) -> 
 @pytest.mark.parametrize(
     ("n", "k", "m", "wanted"),
     [
-        (28672, 4096, 1, "1x4x1024"), (4096, 14336, 2, "2x8x2048"), (4096, 4096, 4, "4x16x1024"), (64, 64, 1, "1x4x64"),
-        (28672, 4096, 3, None), (4096, 14336, 4, None), (33, 1040, 3, "4x4x1024"), (64, 64, 5, None), (64, 72, 1, None),
+        (28672, 4096, 1, "1x8x2048"), (4096, 14336, 2, "2x8x2048"), (4096, 4096, 4, "4x8x2048"), (64, 64, 1, "1x4x512"),
+        (28672, 4096, 3, None), (4096, 14336, 4, None), (33, 1040, 3, "4x4x2048"), (64, 64, 5, None), (64, 72, 1, None),
     ],
 )
 @pytest.mark.parametrize("scheme", ["int8dq", "int8dq-asymact"])
