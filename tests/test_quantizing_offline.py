@@ -110,6 +110,7 @@ def test_a_search_measures_both_forms_over_the_same_tensors(symmetric: bool) -> 
 def test_the_graph_tells_x_where_a_kernel_takes_it() -> None:
     assert dynamic.TOLD_ROWS == {"cuda": gemv.MOST_ROWS}
 
+
 @pytest.mark.parametrize("arch", [80, 86, 90, 100])
 @pytest.mark.parametrize("scheme", [*SCHEMES, *INT4, "int8dq-int4w-128-asym-asymact"])
 def test_the_default_compiles_to_the_instruction_meant(scheme: str, arch: int, tmp_path: Path) -> None:
@@ -143,26 +144,19 @@ def test_every_config_compiles_without_spills(scheme: str, m: int, kernel: Kerne
     assert bool(rendered.config and rendered.config.programs) == bool(config.programs)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (4, torch.float32)])
-def test_weights_of_int8_are_on_their_way_before_x_is_waited_for(
-    scheme: str, m: int, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    """All of 4096x4096; and nothing of x but its range moves between threads."""
-    rendered = offline.render(scheme, m, 4096, 4096, dtype, bias=False, config=(gemv.DYNAMIC, gemv.EIGHT_WARPS), quantizing=True)
+@pytest.mark.parametrize(
+    ("scheme", "m", "dtype", "parts"),
+    [
+        ("int8dq", 1, "bfloat16", 1), ("int8dq-asymact", 2, "float16", 1), ("int8dq", 4, "float32", 1),
+        ("int8dq-int4w", 1, "bfloat16", 2), ("int8dq-int4w", 4, "bfloat16", 1),
+    ],
+)
+def test_weights_are_on_their_way_before_x_is_waited_for(scheme: str, m: int, dtype: str, parts: int, tmp_path: Path) -> None:
+    """All of them, or a step's; and nothing of x but its range moves between threads."""
+    n, k, config = (896, 4864, None) if scheme in INT4 else (4096, 4096, (gemv.DYNAMIC, gemv.EIGHT_WARPS))
+    rendered = offline.render(scheme, m, n, k, getattr(torch, dtype), bias=False, config=config, quantizing=True)
     built = offline.assemble(rendered.code, tmp_path)
-    loads = re.findall(r"bar\.sync|ld\.global\.L1::(evict_\w+)", built.asm["ptx"])
-    assert loads[:9] == ["evict_first"] * 8 + [""] and "evict_first" not in loads[9:], loads
-    assert built.metadata.shared <= 1024
-
-
-@pytest.mark.parametrize(("m", "parts"), [(1, 2), (4, 1)])
-def test_weights_of_int4_are_on_their_way_before_x_is_waited_for(m: int, parts: int, tmp_path: Path) -> None:
-    """Of 896x4864 all of them; and nothing of x but its range moves between threads."""
-    rendered = offline.render("int8dq-int4w", m, 896, 4864, torch.bfloat16, bias=False, quantizing=True)
-    built = offline.assemble(rendered.code, tmp_path)
-    loads = re.findall(r"bar\.sync|ld\.global\.L1::(evict_\w+)", built.asm["ptx"])
-    rows = 8 * parts  # eight rows, K at once or by two loads of each thread
+    loads, rows = re.findall(r"bar\.sync|ld\.global\.L1::(evict_\w+)", built.asm["ptx"]), 8 * parts
     assert loads[: rows + 1] == ["evict_first"] * rows + [""] and "evict_first" not in loads[rows + 1 :], loads
     assert built.metadata.shared <= 1024
 
@@ -201,7 +195,7 @@ for scheme, dtype, m, n, k, *config in {cases!r}:
         args, grid = offline.call(r, name, y)
         function[grid](*args)
         return y
-    # codes that differ in one place differ by 1e-4 of the whole, an fp32 result from the reference's by 1e-6
+    # a code that differs is 1e-4 of the whole, an fp32 result differs from the reference's by 1e-6
     t["x"].copy_(t["x"].bfloat16())  # values whose quotients lie on a tie, as those of a model do
     y, want = run(), r.expected
     assert float((y.double() - want.double()).abs().max()) <= float(want.abs().max()) * {close!r}[dtype], (scheme, dtype)
