@@ -193,7 +193,7 @@ INT4 += [
     ("int4wo-row", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
     # rows that no block divides; several steps or parts, of which the last ends beyond K; x in words, or an element at a time
     ("int4wo-128", 1, 33, 4864, "(int4.FMA, int4.FMA_HALF)"), ("int4wo-row-asym", 1, 37, 4864, "(int4.FMA, int4.FMA_SHORT)"),
-    ("int4wo-256-asym", 1, 70, 5000, "(int4.FMA, replace(int4.FMA_FULL, block_n=8))"), ("int4wo-32-asymfloat", 1, 33, 4864, "(int4.FMA, int4.FMA_FULL)"),
+    ("int4wo-256-asym", 1, 70, 5000, "(int4.FMA, Config(1, 8, 4096, 4, 1))"), ("int4wo-32-asymfloat", 1, 33, 4864, "(int4.FMA, int4.FMA_FULL)"),
     ("int4wo-64-asym", 1, 33, 896, "(int4.FMA, int4.FMA_SHORT)"), ("int4wo-128", 1, 33, 3001, "(int4.FMA, int4.FMA_SHORT)"),
     ("int4wo-128-asym", 1, 33, 4864, "(int4.FMA, int4.FMA_LONG)"), ("int4wo-row-asym", 1, 33, 4101, "(int4.FMA, int4.FMA_FULL)"),
     ("int4wo-128", 40, 70, 1104, "(int4.SUMS, Config(32, 64, 128, 4, 3, tma=True))"),
