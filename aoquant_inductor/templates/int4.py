@@ -99,7 +99,7 @@ def _fma_keywords(p: Problem, config: Config) -> dict[str, Any]:
 
 # One token and a small weight, where the others split K: .5 to 2 us faster (H200), and slower where the weight is larger.
 SMALL = 1 << 25
-OF_A_WARP = 1024  # of K: a thread has 32
+OF_A_WARP = 1024  # of K: a thread has 32, so that x moves between none but those of a chunk
 FMA_FULL, FMA_HALF, FMA_SHORT, FMA_LONG = (Config(1, 4, OF_A_WARP * warps, warps, 1) for warps in (4, 2, 1, 8))
 FMA_MANY = replace(FMA_HALF, block_n=8)
 FMA = Kernel(

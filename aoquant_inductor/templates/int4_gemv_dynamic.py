@@ -15,8 +15,6 @@ from aoquant_inductor.templates import int4
 from aoquant_inductor.templates.gemv import MOST_ROWS
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
-OF_A_WARP = 1024  # of K: a thread has 32, so that x moves between none
-
 
 def _fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
@@ -30,13 +28,13 @@ def _fits(p: Problem, card: Card) -> bool:
 def _adapt(p: Problem, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
-    warps = min(config.num_warps, max(1, k // OF_A_WARP))
+    warps = min(config.num_warps, max(1, k // int4.OF_A_WARP))
     # a thread loads eight scales at once: of more rows they would be another's
     most = 16 if p.groups == 1 and p.m == 1 else 8
     if int(p.m) > 2 and (warps < 4 or (p.groups > 1 and p.zero is not None and not p.symmetric)):
         most = 4  # more would not stay in registers, with zeros of both sides for every group
     return replace(
-        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * OF_A_WARP,
+        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * int4.OF_A_WARP,
         num_warps=warps,
     )
 
@@ -53,7 +51,8 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
 
 
 CONFIGS = tuple(
-    Config(MOST_ROWS, n, warps * OF_A_WARP, warps, 1) for n, warps in ((8, 4), (8, 8), (4, 4), (4, 8), (16, 4), (8, 2), (4, 2))
+    Config(MOST_ROWS, n, warps * int4.OF_A_WARP, warps, 1)
+    for n, warps in ((8, 4), (8, 8), (4, 4), (4, 8), (16, 4), (8, 2), (4, 2))
 )
 FOUR_WARPS, EIGHT_WARPS, TWO_WARPS = CONFIGS[0], CONFIGS[1], CONFIGS[5]
 # Measured by benchmarks/tune.py on an H200: one row in one launch is 2 to 3.5 us faster everywhere; two rows of a large weight,
