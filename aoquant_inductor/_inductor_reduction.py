@@ -59,7 +59,7 @@ def rows_in_registers() -> Iterator[None]:
         def triton_kernel_kwargs(self, kernel: Any, features: Any, groups: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             kwargs = theirs.triton_kernel_kwargs(self, kernel, features, groups, kwargs)
             ours = set(groups[0]) == {"x", "r0_"} and _quantizes(features) and not _chosen_by_inductor(features)
-            if not ours or not Choices.should_use_persistent_reduction(features, False):
+            if not ours or not _one_row_can_be_fixed() or not Choices.should_use_persistent_reduction(features, False):
                 return kwargs
             length = int(features.reduction_numel)
             return kwargs | ({"fixed_config": fixed({"XBLOCK": 1, "num_warps": warps(length)})} if length > SHORT else {})
@@ -74,6 +74,11 @@ def _chosen_by_inductor(features: Any) -> bool:
     measures = config.max_autotune or config.max_autotune_pointwise or config.coordinate_descent_tuning
     device = next(iter(features.scheduler_nodes())).get_device()
     return bool(measures or device.type != "cuda" or torch.version.hip)
+
+
+def _one_row_can_be_fixed() -> bool:
+    """Before 2.13 Inductor fails at an index of the row alone, as of its statistics, where XBLOCK is fixed to 1."""
+    return bool(torch.__version__ >= (2, 13))
 
 
 def _quantizes(features: Any) -> bool:

@@ -127,6 +127,12 @@ def test_warps_that_a_row_is_a_multiple_of() -> None:
     }
 
 
+def test_no_row_is_fixed_where_inductor_fails_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.0"))
+    code = offline.render_chain("int8dq", torch.randn(64, 1280).bfloat16(), 1).code
+    assert offline.launches(code) == ["per", "tem"]
+
+
 @pytest.mark.parametrize(("patches", "kind"), [({}, "unk"), ({"coordinate_descent_tuning": True}, "per")])
 def test_where_inductor_measures_configs_they_are_its_own(patches: dict[str, Any], kind: str) -> None:
     code = offline.render_chain("int8dq", torch.randn(64, 1280).bfloat16(), 1, patches=patches).code
