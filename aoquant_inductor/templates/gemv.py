@@ -19,18 +19,24 @@ def _fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
     return (
         m is not None and m <= MOST_ROWS and p.bits == 8 and not p.dynamic and p.zero is None
-        and p.k % 16 == 0 and p.layout in ("plain", "wgmma") and p.x.get_dtype() != torch.float32
+        and p.k % 16 == 0 and p.layout in ("plain", "wgmma") and p.by_tma  # 16 bytes of x at once
+        and p.x.get_dtype() in (torch.bfloat16, torch.float16)
         and (p.groups == 1 or (p.group_size % 16 == 0 and p.group_size & (p.group_size - 1) == 0))
     )
 
 
-def _adapt(p: Problem, config: Config) -> Config:
-    """block_m is what the rows need, whatever the config says."""
-    return replace(config, block_m=1 << (int(p.m) - 1).bit_length())
-
-
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 OF_A_WARP = 512  # of K: a thread has 16, so that x moves between none
+
+
+def _adapt(p: Problem, config: Config) -> Config:
+    """What the rows need, whatever the config says; no more warps than have a part of K, and no more rows of W than stay in
+    registers beside those of x.
+    """
+    warps = min(config.num_warps, max(1, (1 << (p.k - 1).bit_length()) // OF_A_WARP))
+    most = 16 if p.m == 1 else 8 if int(p.m) == 2 or warps >= 4 else 4
+    block_m, block_n = 1 << (int(p.m) - 1).bit_length(), min(config.block_n, most)
+    return replace(config, block_m=block_m, block_n=block_n, block_k=warps * OF_A_WARP, num_warps=warps)
 
 
 def _dynamic_fits(p: Problem, card: Card) -> bool:
@@ -42,12 +48,8 @@ def _dynamic_fits(p: Problem, card: Card) -> bool:
     )
 
 
-def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
-    """No more warps than have a part of K, and no more rows of W than stay in registers beside those of x."""
-    warps = min(config.num_warps, max(1, (1 << (p.k - 1).bit_length()) // OF_A_WARP))
-    most = 16 if p.m == 1 else 8 if int(p.m) == 2 or warps >= 4 else 4
-    block_n = min(config.block_n, most)
-    config = _adapt(p, replace(config, block_n=block_n, block_k=warps * OF_A_WARP, num_warps=warps))
+def _dynamic_adapt(p: Problem, config: Config) -> Config:
+    config = _adapt(p, config)
     return config if _split(p, config)[1] == 1 else replace(config, programs=0)  # x_q of several steps is too much to keep
 
 
@@ -61,27 +63,34 @@ def _split(p: Problem, config: Config) -> tuple[int, int]:
     return -(-parts // steps), steps
 
 
-def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
+def _shared_keywords(p: Problem, config: Config) -> dict[str, Any]:
     parts, steps = _split(p, config)
-    x_bytes, all_parts = p.x.get_dtype().itemsize, -(-p.k // config.block_k)
-    kept = steps == 1 and config.block_m * parts * x_bytes <= 8
-    at_once = parts if kept else min(all_parts, max(1, 16 // (config.block_m * x_bytes)))
     return {
-        "ROWS": ir.static(p.m), "SYMMETRIC": p.symmetric, "X_BYTES": x_bytes, "BFLOAT16": p.x.get_dtype() == torch.bfloat16,
-        "PARTS": parts, "STEPS": steps, "KEPT": kept, "AT_ONCE": at_once, "RANGE_STEPS": -(-all_parts // at_once),
+        "ROWS": ir.static(p.m), "BFLOAT16": p.x.get_dtype() == torch.bfloat16, "PARTS": parts, "STEPS": steps,
         "WHOLE_PARTS": p.k // config.block_k, "EVEN_N": p.n % config.block_n == 0,
     }
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return {"ROWS": ir.static(p.m), "EVEN_K": p.k % config.block_k == 0, "WGMMA": p.layout == "wgmma"}
+    return {**_shared_keywords(p, config), "WGMMA": p.layout == "wgmma"}
+
+
+def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    shared = _shared_keywords(p, config)
+    x_bytes, all_parts = p.x.get_dtype().itemsize, -(-p.k // config.block_k)
+    kept = shared["STEPS"] == 1 and config.block_m * shared["PARTS"] * x_bytes <= 8
+    at_once = shared["PARTS"] if kept else min(all_parts, max(1, 16 // (config.block_m * x_bytes)))
+    return {
+        **shared, "SYMMETRIC": p.symmetric, "X_BYTES": x_bytes,
+        "KEPT": kept, "AT_ONCE": at_once, "RANGE_STEPS": -(-all_parts // at_once),
+    }
 
 
 # Measured by benchmarks/tune.py on an H200: four rows of W for a load of x, all of x at once where there are many rows.
 # From two tokens on the tensor core is as fast, or faster by up to 4 us.
 CONFIGS = tuple(
     Config(1, *tile, 1)
-    for tile in ((4, 2048, 4), (8, 4096, 4), (4, 1024, 1), (2, 1024, 1), (4, 2048, 2), (4, 1024, 2), (8, 2048, 4))
+    for tile in ((4, 2048, 4), (8, 4096, 8), (4, 512, 1), (2, 512, 1), (4, 1024, 2), (8, 2048, 4), (4, 4096, 8))
 )
 DEFAULTS = (
     Default(CONFIGS[1], upto=1, n=16384, k=2048), Default(CONFIGS[0], upto=1, k=1025), Default(CONFIGS[2], upto=1, n=16384),
