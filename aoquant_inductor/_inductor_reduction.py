@@ -78,7 +78,7 @@ def _chosen_by_inductor(features: Any) -> bool:
 
 def _one_row_can_be_fixed() -> bool:
     """Before 2.13 Inductor fails at an index of the row alone, as of its statistics, where XBLOCK is fixed to 1."""
-    return bool(torch.__version__ >= (2, 13))
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def _quantizes(features: Any) -> bool:

@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 
 import offline
 
-from aoquant_inductor.templates import Config, Kernel, int4, linear
+from aoquant_inductor.templates import Config, Kernel, gemv, int4, linear
 
 
 @pytest.mark.parametrize(("scheme", "kernel", "config", "loads"), [
@@ -40,6 +40,18 @@ def test_one_tokens_weights_are_on_their_way_before_x(scheme: str, rows: int, tm
     assert [a or b for a, b in loads] == ["evict_first"] * rows + ["bar.sync"] + ["evict_last"] * 4, loads
     assert ptx.index("evict_first") < max(m.start() for m in re.finditer(r"ld\.global\.(?:v\d\.)?b", ptx)) < ptx.index("bar.sync"), "scales"
     assert built.metadata.shared <= 4096
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_the_first_weights_are_on_their_way_while_x_is_paired_up(k: int, tmp_path: Path) -> None:
+    """Four threads exchange what they loaded of x: within their warp, and before they need a weight."""
+    rendered = offline.render("int8wo", 1, 256, k, torch.bfloat16, bias=False, config=(gemv.KERNEL, gemv.FOUR if k == 4096 else gemv.STEPPED))
+    ptx = str(offline.assemble(rendered.code, tmp_path).asm["ptx"])
+    order = re.findall(r"ld\.global\.L1::(evict_\w+)\S*\.v4\.b32|(bar\.sync|ldmatrix)", ptx[: ptx.index("fma.rn.f32")])
+    x, w, exchange = "evict_last", "evict_first", "ldmatrix"
+    whole = [x] * 4 + [w] * 8 + ["bar.sync"] + [exchange] * 4 + ["bar.sync"]
+    stepped = [w] * 4 + ["bar.sync"] + [x] * 2 + ["bar.sync"] + [exchange] * 2
+    assert [a or b for a, b in order] == (whole if k == 4096 else stepped), order
 
 
 @pytest.mark.parametrize(("scheme", "kernel", "config"), [

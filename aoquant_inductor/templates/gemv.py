@@ -54,9 +54,11 @@ def _dynamic_adapt(p: Problem, config: Config) -> Config:
 
 
 def _split(p: Problem, config: Config) -> tuple[int, int]:
-    """(parts of K in a step, steps): as many weights at once as registers hold, which are all of K in the best case."""
+    """(parts of K in a step, steps): as many weights at once as registers hold, which are all of K in the best case, or as
+    the config's AT_MOST says.
+    """
     parts = -(-p.k // config.block_k)
-    at_once = max(1, 16 // config.block_n)
+    at_once = int(dict(config.extra).get("AT_MOST", max(1, 16 // config.block_n)))
     if parts > at_once and config.block_m > 1:
         at_once = max(1, at_once // 2)  # the next step's come beside the rows of x
     steps = -(-parts // at_once)
@@ -86,30 +88,34 @@ def _dynamic_keywords(p: Problem, config: Config) -> dict[str, Any]:
     }
 
 
-# Measured by benchmarks/tune.py on an H200: four rows of W for a load of x, all of x at once where there are many rows.
-# From two tokens on the tensor core is as fast, or faster by up to 4 us.
-CONFIGS = tuple(
-    Config(1, *tile, 1)
-    for tile in ((4, 2048, 4), (8, 4096, 8), (4, 512, 1), (2, 512, 1), (4, 1024, 2), (8, 2048, 4), (4, 4096, 8))
-)
+def _of(rows: int, warps: int, **extra: Any) -> Config:
+    return Config(MOST_ROWS, rows, warps * OF_A_WARP, warps, 1, extra=tuple(extra.items()))
+
+
+# Measured by benchmarks/tune.py on an H200. STEPPED: a part at a time leaves registers for all programs at once (4096x14336
+# 16.3 us, 18.4 without). From two tokens on the tensor core is faster at large weights, from four at all but the smallest.
+FOUR, STEPPED, TWO, EIGHT, ONE_WARP = _of(4, 4), _of(4, 4, AT_MOST=1), _of(2, 4), _of(8, 4), _of(4, 1)
+CONFIGS = (FOUR, STEPPED, TWO, EIGHT, ONE_WARP, _of(4, 8), _of(4, 2, AT_MOST=2))
 DEFAULTS = (
-    Default(CONFIGS[1], upto=1, n=16384, k=2048), Default(CONFIGS[0], upto=1, k=1025), Default(CONFIGS[2], upto=1, n=16384),
-    Default(CONFIGS[3], upto=1),
+    Default(TWO, upto=1, k=4097, elements=1 << 23), Default(FOUR, upto=1, n=16384), Default(STEPPED, upto=1),
+    Default(EIGHT, upto=2, k=8192, elements=1 << 26),
+    Default(FOUR, upto=3, k=4097, elements=1 << 23), Default(FOUR, k=4097, elements=5 << 20),
+    Default(ONE_WARP, upto=2, elements=1 << 25), Default(ONE_WARP, upto=3, elements=1 << 23),
 )
 KERNEL = Kernel("gemv", _fits, CONFIGS, _keywords, _adapt, DEFAULTS)
 
-FOUR_WARPS, EIGHT_WARPS, LOW = (Config(MOST_ROWS, n, w * OF_A_WARP, w, 1) for n, w in ((8, 4), (8, 8), (4, 4)))
+EIGHT_WARPS = _of(8, 8)
 # x is quantized once for all the tiles of a program
-STAYING = replace(FOUR_WARPS, programs=4)
+STAYING = replace(EIGHT, programs=4)
 DYNAMIC_CONFIGS = (
-    LOW, FOUR_WARPS, EIGHT_WARPS, replace(EIGHT_WARPS, block_n=4), Config(MOST_ROWS, 8, 2 * OF_A_WARP, 2, 1), STAYING,
-    replace(LOW, programs=3), replace(EIGHT_WARPS, programs=2),
+    FOUR, EIGHT, EIGHT_WARPS, _of(4, 8), _of(8, 2), STAYING,
+    replace(FOUR, programs=3), replace(EIGHT_WARPS, programs=2),
 )
 # Measured by benchmarks/tune.py on an H200, where a quantization of its own takes 2 us and more: one row in one launch 1.65x to
 # 2.3x bf16; of four the largest weight 33.0 us, 33.5 apart.
 DYNAMIC_DEFAULTS = (
-    Default(LOW, upto=1), Default(FOUR_WARPS, upto=2, n=1024), Default(EIGHT_WARPS, upto=2),
-    Default(STAYING, n=8192, elements=1 << 27), Default(FOUR_WARPS, n=1024, elements=1 << 27),
+    Default(FOUR, upto=1), Default(EIGHT, upto=2, n=1024), Default(EIGHT_WARPS, upto=2),
+    Default(STAYING, n=8192, elements=1 << 27), Default(EIGHT, n=1024, elements=1 << 27),
     Default(EIGHT_WARPS, elements=1 << 27), Default(None),
 )
 DYNAMIC = Kernel("gemv_dynamic", _dynamic_fits, DYNAMIC_CONFIGS, _dynamic_keywords, _dynamic_adapt, DYNAMIC_DEFAULTS)

@@ -50,8 +50,8 @@ def test_split_k_is_exact_in_every_replay(scheme: str, m: int, top: int, mode: s
             assert torch.equal(function(x).clone(), expected(x, linear)), seed
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 7, 33, 100, 300])
-@pytest.mark.parametrize(("n", "k"), [(33, 64), (512, 704), (1071, 2112), (200, 576)])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 33, 100, 300])
+@pytest.mark.parametrize(("n", "k"), [(33, 64), (512, 704), (1071, 2112), (200, 576), (64, 14336)])
 def test_weight_only_sums_are_exact(m: int, n: int, k: int) -> None:
     linear = integers(n, k)
     x = tokens(m, k, m, 7)
