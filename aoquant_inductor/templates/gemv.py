@@ -55,10 +55,10 @@ def _dynamic_adapt(p: Problem, config: Config) -> Config:
 
 def _split(p: Problem, config: Config) -> tuple[int, int]:
     """(parts of K in a step, steps): as many weights at once as registers hold, which are all of K in the best case, or as
-    the config's AT_MOST says.
+    many parts as the config's STEPPED says.
     """
     parts = -(-p.k // config.block_k)
-    at_once = int(dict(config.extra).get("AT_MOST", max(1, 16 // config.block_n)))
+    at_once = int(dict(config.extra).get("STEPPED", max(1, 16 // config.block_n)))
     if parts > at_once and config.block_m > 1:
         at_once = max(1, at_once // 2)  # the next step's come beside the rows of x
     steps = -(-parts // at_once)
@@ -94,10 +94,11 @@ def _of(rows: int, warps: int, **extra: Any) -> Config:
 
 # Measured by benchmarks/tune.py on an H200. STEPPED: a part at a time leaves registers for all programs at once (4096x14336
 # 16.3 us, 18.4 without). From two tokens on the tensor core is faster at large weights, from four at all but the smallest.
-FOUR, STEPPED, TWO, EIGHT, ONE_WARP = _of(4, 4), _of(4, 4, AT_MOST=1), _of(2, 4), _of(8, 4), _of(4, 1)
-CONFIGS = (FOUR, STEPPED, TWO, EIGHT, ONE_WARP, _of(4, 8), _of(4, 2, AT_MOST=2))
+FOUR, STEPPED, TWO, EIGHT, ONE_WARP, LONG = _of(4, 4), _of(4, 4, STEPPED=1), _of(2, 4), _of(8, 4), _of(4, 1), _of(4, 8)
+CONFIGS = (FOUR, STEPPED, TWO, EIGHT, ONE_WARP, LONG, _of(4, 2, STEPPED=2))
 DEFAULTS = (
-    Default(TWO, upto=1, k=4097, elements=1 << 23), Default(FOUR, upto=1, n=16384), Default(STEPPED, upto=1),
+    Default(TWO, upto=1, k=4097, elements=1 << 23), Default(FOUR, upto=1, n=16384),
+    Default(LONG, upto=1, n=6144, elements=1 << 25), Default(STEPPED, upto=1),
     Default(EIGHT, upto=2, k=8192, elements=1 << 26),
     Default(FOUR, upto=3, k=4097, elements=1 << 23), Default(FOUR, k=4097, elements=5 << 20),
     Default(ONE_WARP, upto=2, elements=1 << 25), Default(ONE_WARP, upto=3, elements=1 << 23),
@@ -108,8 +109,7 @@ EIGHT_WARPS = _of(8, 8)
 # x is quantized once for all the tiles of a program
 STAYING = replace(EIGHT, programs=4)
 DYNAMIC_CONFIGS = (
-    FOUR, EIGHT, EIGHT_WARPS, _of(4, 8), _of(8, 2), STAYING,
-    replace(FOUR, programs=3), replace(EIGHT_WARPS, programs=2),
+    FOUR, EIGHT, EIGHT_WARPS, LONG, _of(8, 2), STAYING, replace(FOUR, programs=3), replace(EIGHT_WARPS, programs=2),
 )
 # Measured by benchmarks/tune.py on an H200, where a quantization of its own takes 2 us and more: one row in one launch 1.65x to
 # 2.3x bf16; of four the largest weight 33.0 us, 33.5 apart.
