@@ -30,6 +30,7 @@ from aoquant_inductor.options import Options
 from aoquant_inductor.report import Layer, Report
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.runtime import Compiled, LookedUp, Seen, constant, warn_once
+from aoquant_inductor.weights import STORE
 
 log = logging.getLogger("aoquant_inductor")
 
@@ -98,6 +99,11 @@ def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: 
         if site.entry is not None:
             site.layer = release.let_go(site.layer, site.entry, names, opts, site.read_elsewhere)
 
+    if STORE.overwritten([site.value for site in sites if site.scheme is not None]):
+        warn_once(
+            "a weight was written to in a way that PyTorch does not count (`.data +=`, as PEFT merges) and is packed again. "
+            "Only a compile looks for that: call aoquant_inductor.refresh(compiled) after every such write."
+        )
     later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
     for group in progress.bar(siblings.groups(sites)):
         if len(group) > 1 and together:

@@ -116,6 +116,7 @@ class _Group:
         for weight, linear in zip(weights, linears, strict=True):
             if tuple(weight.shape) != linear.shape:
                 raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
+        STORE.overwritten(weights)
         self._join(linears, weights)
         for unit in like:
             packs += self._pack(unit, [next(coming) for _ in unit]).tensors
