@@ -87,6 +87,12 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def module_name(node: fx.Node) -> str:
+    """The innermost module that a node was traced in, as its place from what was compiled: `L['self'].layers.0`."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
 def written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:
     """Whether the graph writes to a placeholder or a part of it. Dynamo has run it on fake tensors, whose versions count that,
     but not what is written through .data or as one of a list: that is found by the names of ops.

@@ -100,7 +100,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
 
     opts = parse(options, mode)
     names = Names(model)
-    opts.check(names.linears)
+    opts.check(names.linears, names.matrices)
     layers = []
     for weight, layer, scheme in rewrite.plan(model, names, opts):
         if scheme is not None:

@@ -167,8 +167,8 @@ def _compile(
 def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:
     """Patterns that name nothing, and options under which nothing can be quantized: judged over the whole module."""
     known = list(dict.fromkeys([*names.linears, *(site.layer.name for site in sites)]))
-    opts.check(known)
-    journal.unmatched = opts.unmatched(known)
+    opts.check(known, names.matrices)
+    journal.unmatched = opts.unmatched([*known, *names.matrices])
     if known and not any(opts.choose([name]).scheme for name in known):
         raise NothingQuantized(len(known), 0)
 
