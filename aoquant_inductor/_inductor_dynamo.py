@@ -71,6 +71,20 @@ def context_of(compiled: object) -> object | None:
     return found
 
 
+def backend_of(context: object) -> object | None:
+    """What torch.compile was told to compile by, options and all: equal ones share Dynamo's graphs."""
+    backend: object | None = getattr(context, "callback", None)
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return backend
+
+
+def origin_of(compiled: object) -> tuple[object, object | None, nn.Module | None] | None:
+    """(context, backend, module) of what `context_of` knows."""
+    context = context_of(compiled)
+    return None if context is None else (context, backend_of(context), _module_of(compiled))
+
+
 def users(error: Exception) -> Exception:
     """The error as Dynamo lets it through: what else a backend raises reaches the user wrapped in BackendCompilerFailed."""
     (shorten,) = private("torch._dynamo.exc", "ShortenTraceback")

@@ -60,7 +60,7 @@ def _pipeline(
     regions.inline(gm, _may_be_linear, recompute=differentiable is not None)
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
-    journal = log_of(frame.context)
+    journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)
     if frame.root is not None:
@@ -161,7 +161,7 @@ def _compile(
     for weight in rewritten.consumed:
         gm.graph.erase_node(weight)
     gm.recompile()
-    return constant(function, rewritten, opts.weights == "checked")
+    return constant(function, rewritten, opts.weights == "checked", journal)
 
 
 def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:
