@@ -71,6 +71,20 @@ def context_of(compiled: object) -> object | None:
     return found
 
 
+def backend_of(context: object) -> object | None:
+    """What torch.compile was told to compile by, options and all: equal ones share Dynamo's graphs."""
+    backend: object | None = getattr(context, "callback", None)
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return backend
+
+
+def origin_of(compiled: object) -> tuple[object, object | None, nn.Module | None] | None:
+    """(context, backend, module) of what `context_of` knows."""
+    context = context_of(compiled)
+    return None if context is None else (context, backend_of(context), _module_of(compiled))
+
+
 def users(error: Exception) -> Exception:
     """The error as Dynamo lets it through: what else a backend raises reaches the user wrapped in BackendCompilerFailed."""
     (shorten,) = private("torch._dynamo.exc", "ShortenTraceback")
@@ -85,6 +99,12 @@ def source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def module_name(node: fx.Node) -> str:
+    """The innermost module that a node was traced in, as its place from what was compiled: `L['self'].layers.0`."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
 
 
 def written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:

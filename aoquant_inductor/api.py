@@ -23,10 +23,10 @@ def report(compiled: object) -> Report:
     from aoquant_inductor import _inductor_dynamo as dynamo
     from aoquant_inductor.journal import find_log
 
-    context = dynamo.context_of(compiled)
-    if context is None:
+    origin = dynamo.origin_of(compiled)
+    if origin is None:
         raise TypeError(f"report() wants what torch.compile returned, not {type(compiled).__name__}.")
-    found = find_log(context)
+    found = find_log(*origin)
     return Report(()) if found is None else found.report()
 
 
@@ -38,10 +38,10 @@ def refresh(compiled: object) -> int:
     from aoquant_inductor.journal import find_log
     from aoquant_inductor.weights import STORE
 
-    context = dynamo.context_of(compiled)
-    if context is None:
+    origin = dynamo.origin_of(compiled)
+    if origin is None:
         raise TypeError(f"refresh() wants what torch.compile returned, not {type(compiled).__name__}.")
-    found = find_log(context)
+    found = find_log(*origin)
     return 0 if found is None else STORE.update(list(dict.fromkeys(found.entries)), everything=True)
 
 
@@ -100,7 +100,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
 
     opts = parse(options, mode)
     names = Names(model)
-    opts.check(names.linears)
+    opts.check(names.linears, names.matrices)
     layers = []
     for weight, layer, scheme in rewrite.plan(model, names, opts):
         if scheme is not None:

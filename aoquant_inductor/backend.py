@@ -30,6 +30,7 @@ from aoquant_inductor.options import Options
 from aoquant_inductor.report import Layer, Report
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.runtime import Compiled, LookedUp, Seen, constant, warn_once
+from aoquant_inductor.weights import STORE
 
 log = logging.getLogger("aoquant_inductor")
 
@@ -59,7 +60,7 @@ def _pipeline(
     regions.inline(gm, _may_be_linear, recompute=differentiable is not None)
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
-    journal = log_of(frame.context)
+    journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)
     if frame.root is not None:
@@ -98,6 +99,11 @@ def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: 
         if site.entry is not None:
             site.layer = release.let_go(site.layer, site.entry, names, opts, site.read_elsewhere)
 
+    if STORE.overwritten([site.value for site in sites if site.scheme is not None]):
+        warn_once(
+            "a weight was written to in a way that PyTorch does not count (`.data +=`, as PEFT merges) and is packed again. "
+            "Only a compile looks for that: call aoquant_inductor.refresh(compiled) after every such write."
+        )
     later = opts.on_unsupported == "error"  # may refuse it all after packing: until then nothing may be gone
     for group in progress.bar(siblings.groups(sites)):
         if len(group) > 1 and together:
@@ -155,14 +161,14 @@ def _compile(
     for weight in rewritten.consumed:
         gm.graph.erase_node(weight)
     gm.recompile()
-    return constant(function, rewritten, opts.weights == "checked")
+    return constant(function, rewritten, opts.weights == "checked", journal)
 
 
 def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:
     """Patterns that name nothing, and options under which nothing can be quantized: judged over the whole module."""
     known = list(dict.fromkeys([*names.linears, *(site.layer.name for site in sites)]))
-    opts.check(known)
-    journal.unmatched = opts.unmatched(known)
+    opts.check(known, names.matrices)
+    journal.unmatched = opts.unmatched([*known, *names.matrices])
     if known and not any(opts.choose([name]).scheme for name in known):
         raise NothingQuantized(len(known), 0)
 

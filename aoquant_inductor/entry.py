@@ -1,7 +1,8 @@
 """One packed weight: the Parameter, held weakly, its packs, and the state of it that they were made from.
 
 What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the data pointer (`.data =`);
-writes that PyTorch does not count (`p.data.fill_`, numpy views, fused optimizers) are seen by nobody: `refresh` repairs them.
+writes that PyTorch does not count (`p.data +=`, numpy views, fused optimizers) are seen by whoever reads all of the weight: the
+next compile does, no call does, so `refresh` repairs them.
 
 The original may be let go: the Parameter stays, its memory does not (pointer 0), and whatever reads it raises ReleasedWeights'
 text. New data (`.data =`) is packed at the next call and let go again; `bring_back` ends that.
@@ -35,6 +36,18 @@ def stamp_of(weight: torch.Tensor) -> tuple[int, int]:
     return UNTRACKED if weight.is_inference() else weight._version, pointer
 
 
+def digest_of(weight: torch.Tensor) -> torch.Tensor:
+    """An int64 that other values have another of, whatever wrote them; reads the whole weight."""
+    with plain_tensors():
+        rows = weight.detach().contiguous()
+        for word in (torch.int64, torch.int32, torch.int16, torch.int8):
+            if all(places * rows.itemsize % word.itemsize == 0 for places in (rows.shape[1], rows.storage_offset())):
+                sums = rows.view(word).sum(1, dtype=torch.int64)
+                break
+        # odd factors: rows that change places change the sum, too
+        return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+
+
 def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
     """weight[N, K] -> its pack and the SQNR in dB of the quantized values. Raises qparams.NonFinite."""
     with plain_tensors():
@@ -66,6 +79,7 @@ class Entry:
         self.ref = weakref.ref(weight, lambda ref: drop(key, ref))
         self.turn = keeper.turn
         self.version, self.pointer = stamp_of(weight)
+        self.digest: torch.Tensor | None = None  # of the values that were packed; None: not asked for
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         self.wholes: dict[PackKey, tuple[Packed, int]] = {}  # what a pack is a part of, and which
         self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
@@ -84,14 +98,24 @@ class Entry:
         if weight is None or stamp_of(weight) == (self.version, self.pointer):
             return False
         if self.released:  # a write that failed counts as a version, too
-            self._accept(weight)
+            self.accept(weight, stamp_of(weight))
             return False
         return True
 
-    def _accept(self, weight: torch.Tensor) -> None:
-        """The packs are of the weight as it is now."""
-        self.version, self.pointer = stamp_of(weight)
+    def accept(self, weight: torch.Tensor, stamp: tuple[int, int]) -> None:
+        """The packs are of the weight as it was when it had this stamp."""
+        self.version, self.pointer = stamp
+        self.digest = digest_of(weight) if self.pointer else None
         self.turn()
+
+    def overwritten(self) -> bool:
+        """Whether the stamp is that of the packs and the values are not; then it is stale from now on. Reads them all."""
+        weight = self.ref()
+        if weight is None or self.digest is None or self.stale() or bool(digest_of(weight) == self.digest):
+            return False
+        self.pointer = 0
+        self.turn()
+        return True
 
     def repack(self) -> None:
         """New values into the same storage. Raises qparams.NonFinite, and then keeps the old values and the old stamp."""
@@ -104,8 +128,8 @@ class Entry:
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)
                 self.packs[key] = (self.packs[key][0], sqnr)
-        self.version, self.pointer, self.repacks = *stamp, self.repacks + 1
-        self.turn()
+        self.accept(weight, stamp)
+        self.repacks += 1
         if self.release is not None:
             self.let_go(self.release)
 
@@ -124,7 +148,7 @@ class Entry:
             self.copy = weight.detach().to("cpu", copy=True) if release.to_cpu else None
         free(weight, str(ReleasedWeights(release.name)))
         self.release = release
-        self._accept(weight)
+        self.accept(weight, stamp_of(weight))
         return True
 
     def bring_back(self) -> bool:
@@ -139,5 +163,5 @@ class Entry:
                 packed, _ = max(self.packs.values(), key=lambda pack: pack[1])
                 weight.data = ops.dequantize(packed.w, packed.scale, packed.zero, *packed.key, weight.dtype)
         self.release = self.copy = None
-        self._accept(weight)
+        self.accept(weight, stamp_of(weight))
         return exact

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import nn
 
 from aoquant_inductor import native
 from aoquant_inductor.names import Other
@@ -33,9 +34,13 @@ def versions() -> dict[str, str | None]:
 
 
 class Log:
-    """The graphs of one compiled object, in the order they were compiled."""
+    """The graphs of one compiled object, in the order they were compiled.
 
-    def __init__(self) -> None:
+    backend, root: what was compiled by what. Dynamo hands the graphs of one to every other one that is equal in both.
+    """
+
+    def __init__(self, backend: object | None, root: nn.Module | None) -> None:
+        self.backend, self.root = backend, None if root is None else weakref.ref(root)
         self.graphs: list[Report] = []
         self.entries: list[Any] = []  # entry.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
@@ -95,13 +100,22 @@ class Log:
 
 
 _LOGS: weakref.WeakKeyDictionary[Any, Log] = weakref.WeakKeyDictionary()
+_alive: weakref.WeakSet[Log] = weakref.WeakSet()  # what runs a log's graphs holds it, when the compiled object is gone, too
 _lock = threading.Lock()
 
 
-def log_of(context: object) -> Log:
+def log_of(context: object, backend: object | None, root: nn.Module | None) -> Log:
     with _lock:
-        return _LOGS.setdefault(context, Log())
+        if context not in _LOGS:
+            _LOGS[context] = Log(backend, root)
+            _alive.add(_LOGS[context])
+        return _LOGS[context]
 
 
-def find_log(context: object | None) -> Log | None:
-    return None if context is None else _LOGS.get(context)
+def find_log(context: object, backend: object | None, root: nn.Module | None) -> Log | None:
+    """The log of a compiled object; of an equal one, whose graphs it runs, if it compiled none itself."""
+    with _lock:
+        if context in _LOGS or backend is None or root is None:
+            return _LOGS.get(context)
+        equal = (log for log in _alive if log.root is not None and log.root() is root and log.backend == backend)
+        return max(equal, key=lambda log: log.compilations, default=None)

@@ -79,7 +79,7 @@ def load(
     release.require()
     opts = options_module.parse(given)
     names = Names(model)
-    opts.check(names.linears)
+    opts.check(names.linears, names.matrices)
     layers: list[Layer] = []
     with ExitStack() as stack, torch.no_grad():
         source = _Files(files, stack)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-_SOURCE_PART = re.compile(r"\['([^']+)'\]|\.(\w+)")
+_SOURCE_PART = re.compile(r"\[(?:'([^']+)'|(\d+))\]|\.(\w+)")
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
 """Whose parameters are not matrices of linears, however many dimensions they have."""
 
@@ -27,12 +28,18 @@ class Names:
 
     def __init__(self, root: nn.Module | None) -> None:
         self.linears: list[str] = []
+        self.computed: dict[str, nn.Linear] = {}  # those whose weight is no parameter of theirs: parametrized, pruned
+        self.matrices: list[str] = []  # of no nn.Linear, but F.linear may read them: the router of a mixture
         self.others: list[Other] = []
+        self.several = False
         self._names: dict[int, list[str]] = {}
         self._aliases: dict[int, list[str]] = {}
         self._owners: dict[int, list[nn.Module]] = {}
         for prefix, module in root.named_modules(remove_duplicate=False) if root is not None else ():
             prefix = prefix.replace("_orig_mod.", "")
+            if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
+                self.linears.append(prefix)
+                self.computed[prefix] = module
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
@@ -47,10 +54,24 @@ class Names:
                     self._aliases.setdefault(id(parameter), []).append(full)
                     if not seen and parameter.dim() > 1 and not isinstance(module, (nn.Linear, *NO_PRODUCTS)):
                         self.others.append(Other(full, type(module).__name__, parameter.nbytes))
+                        if parameter.dim() == 2:
+                            self.matrices.append(_of_module(full))
 
     def of(self, weight: torch.Tensor, source: str = "") -> list[str]:
-        """The linears of a weight; for one that no nn.Linear owns, its parameter name, or what its source says."""
-        return self._names.get(id(weight)) or self._aliases.get(id(weight)) or [_from_source(source)]
+        """The linears of a weight; for one that no nn.Linear owns, what owns it, or what its source says."""
+        if (names := self._names.get(id(weight))) is not None:
+            return names
+        return [_of_module(name) for name in self._aliases.get(id(weight), ())] or [_from_source(source, self.several)]
+
+    def of_computed(self, source: str) -> str | None:
+        """The nn.Linear at this place of the module, if its weight is computed."""
+        name = _from_source(source)
+        return name if name in self.computed else None
+
+    def hear(self, sources: Iterable[str]) -> None:
+        """Where a graph's parameters come from. A function that has them from several modules names each by its variable."""
+        parts = [_parts(source) for source in sources]
+        self.several = len({part[0] for part in parts if len(part) > 1}) > 1
 
     def is_linear(self, weight: torch.Tensor) -> bool:
         return id(weight) in self._names
@@ -77,10 +98,16 @@ class Names:
         return (*self._names.get(id(weight), [])[1:], *self._aliases.get(id(weight), []))
 
 
-def _from_source(source: str) -> str:
-    """`L['self']._modules['up']._parameters['weight']` -> `up`."""
-    parts = [a or b for a, b in _SOURCE_PART.findall(source)][1:]
-    parts = [p for p in parts if p not in ("_modules", "_parameters")]
-    if len(parts) > 1 and parts[-1] == "weight":
-        parts.pop()
-    return ".".join(parts) or source or "?"
+def _parts(source: str) -> list[str]:
+    return [a or b or c for a, b, c in _SOURCE_PART.findall(source)]
+
+
+def _from_source(source: str, whole: bool = False) -> str:
+    """`L['self']._modules['up']._parameters['weight']` -> `up`; whole: `self.up`."""
+    parts = [p for p in _parts(source)[0 if whole else 1 :] if p not in ("_modules", "_parameters")]
+    return _of_module(".".join(parts)) or source or "?"
+
+
+def _of_module(name: str) -> str:
+    """`layers.0.router.weight` -> `layers.0.router`"""
+    return name.removesuffix(".weight")

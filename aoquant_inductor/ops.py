@@ -6,6 +6,8 @@ where nothing better exists. Rewriter and kernels meet here and nowhere else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from aoquant_inductor import activations, packing, qparams
@@ -155,3 +157,19 @@ def _(w: torch.Tensor, w_scale: torch.Tensor, w_zero: torch.Tensor | None, row_s
       in_features: int, out_features: int, w_dtype: str, group_size: int, zero_point: str, layout: str,
       to_layout: str) -> torch.Tensor:
     return packing.pack_rows(w.new_empty((out_features, in_features), dtype=torch.int8), to_layout)
+
+
+def _more_rows(op: str) -> None:
+    """Under torch.vmap a batch of what the op reads first is that many more rows: one call, not one for each."""
+
+    def rule(info: object, in_dims: tuple[int | None, ...], first: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
+        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+            raise NotImplementedError(f"{NAMESPACE}::{op}: torch.vmap over a weight or a bias.")
+        return getattr(torch.ops.aoquant, op)(first.movedim(in_dims[0], 0), *rest), 0
+
+    torch.library.register_vmap(f"{NAMESPACE}::{op}", rule, lib=_lib)
+
+
+# not linear_dynamic: register_vmap takes no op with a keyword-only tensor
+_more_rows("linear_wo")
+_more_rows("linear_grad")

@@ -85,16 +85,17 @@ class Options(BaseModel, frozen=True, extra="forbid", strict=True):
         names = list(names)
         return [key for key, _ in self.schemes if not any(_matches(key, name) for name in names)]
 
-    def check(self, names: Iterable[str]) -> None:
-        """Judges the keys over all linears of a module.
+    def check(self, linears: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Judges the keys over all linears of a module, and what else may turn out to be one.
 
         Raises: UnmatchedPattern, or warns instead, as `on_unmatched` says.
         """
-        names = list(names)
+        linears = list(linears)
+        names = [*linears, *others]
         misses = {key: _nearest_linear(key, names) for key in self.unmatched(names)}
         if not misses:
             return
-        error = UnmatchedPattern(misses, len(names))
+        error = UnmatchedPattern(misses, len(linears))
         if self.on_unmatched == "error":
             raise error
         for line in error.lines():
@@ -110,6 +111,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
 
     Raises: OptionError, or UnknownScheme for the name of a scheme.
     """
+    if not isinstance(options, Mapping | None):
+        raise OptionError(f'options is {show(options)}; give a dict, as {{"schemes": "int8wo"}}.')
     given = dict(options or {})
     inductor = {key: given.pop(key) for key in list(given) if key not in OWN_KEYS}
     for key in inductor:

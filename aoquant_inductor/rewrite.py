@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
@@ -20,16 +21,21 @@ from aoquant_inductor.report import KEPT, QUANTIZED, RELEASED, SKIPPED, Layer
 from aoquant_inductor.scheme import LARGE_M, Scheme
 from aoquant_inductor.weights import STORE
 
-LINEAR = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear)))  # one object in some versions, two in others
+LINEAR: tuple[Any, ...] = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear, torch.ops.aten.linear.default)))
+"""The first two are one object in some versions, two in others; the last is what torch.export makes of them."""
 EMBEDDING = (torch.embedding, nn.functional.embedding)  # a tied head's weight: its linear may be in another graph
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torch.Tensor, Layer, Scheme | None]]:
     """Every weight of an nn.Linear of the module, decided; no data is read."""
-    weights = {id(m.weight): m.weight for m in root.modules() if isinstance(m, nn.Linear)}
-    for weight in weights.values():
+    weights = (module._parameters.get("weight") for module in root.modules() if isinstance(module, nn.Linear))
+    for weight in {id(weight): weight for weight in weights if weight is not None}.values():
         yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
+    for name, module in names.computed.items():
+        dtype = next((parameter.dtype for parameter in module.parameters()), None)
+        like = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
+        yield (like, *_computed(like, name, options))
 
 
 def weights_of(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> dict[fx.Node, nn.Parameter]:
@@ -75,6 +81,14 @@ def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], optio
     if weight.dtype not in FLOATS:
         return replace(layer, reason="dtype", detail=f"is {weight.dtype}, not bf16, fp16 or fp32."), None
     return replace(layer, status=QUANTIZED), choice.scheme
+
+
+def _computed(weight: torch.Tensor, name: str, options: Options) -> tuple[Layer, Scheme | None]:
+    """An nn.Linear whose weight a parametrization makes, weight_norm say, or pruning: it changes with what it is made of."""
+    layer, scheme = decide(weight, [name], (), options)
+    if layer.reason == "not_parameter":
+        layer = replace(layer, detail="has a weight that is computed at every call (a parametrization?), which stays as it is.")
+    return layer, scheme
 
 
 def _is_distributed(weight: torch.Tensor) -> bool:
@@ -142,15 +156,19 @@ class Site:
 def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Site]:
     """Every linear of the graph, decided."""
     real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    names.hear(dynamo.source_name(node) for node, value in real.items() if isinstance(value, nn.Parameter))
     sites = []
     for target in LINEAR:
         for node in gm.graph.find_nodes(op="call_function", target=target):
             bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
             x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
             value = real.get(weight)
-            known = names.of(value, dynamo.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
-            aliases = names.aliases(value) if isinstance(value, torch.Tensor) else ()
-            layer, scheme = decide(value, known, aliases, options)
+            if (computed := names.of_computed(dynamo.module_name(node))) is not None:
+                layer, scheme = _computed(weight.meta["example_value"], computed, options)
+            else:
+                known = names.of(value, dynamo.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
+                aliases = names.aliases(value) if isinstance(value, torch.Tensor) else ()
+                layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
     written = dynamo.written(gm)
@@ -168,6 +186,9 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
 def pack(site: Site) -> None:
     """The pack of a site with a scheme; a weight that is not finite or finds no memory stays as it is, with its reason."""
     if site.scheme is None:
+        return
+    if site.value.is_meta:
+        site.skip("meta", "has no data: it is on the meta device.")
         return
     kept = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[site.value.dtype]
     try:

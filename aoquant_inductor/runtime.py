@@ -17,7 +17,7 @@ from aoquant_inductor import _inductor, native, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
 from aoquant_inductor.entry import Entry
-from aoquant_inductor.journal import log_of
+from aoquant_inductor.journal import Log, log_of
 from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
@@ -63,8 +63,8 @@ class Seen:
         return True
 
 
-def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compiled:
-    """The callable of a graph that holds its packs."""
+def constant(function: Compiled, rewritten: Rewritten, checked: bool, journal: Log) -> Compiled:
+    """The callable of a graph that holds its packs, and the journal of them."""
     packs = tuple(rewritten.packs)
     watch = Watch([site.entry for site in rewritten.sites if site.entry is not None])
     stale = watch.stale
@@ -77,7 +77,9 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool) -> Compile
     def frozen(*args: Any) -> Any:
         return function(*packs, *args)
 
-    return call if checked else frozen
+    chosen = call if checked else frozen
+    chosen.journal = journal  # type: ignore[attr-defined]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class _Group:
         for weight, linear in zip(weights, linears, strict=True):
             if tuple(weight.shape) != linear.shape:
                 raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
+        STORE.overwritten(weights)
         self._join(linears, weights)
         for unit in like:
             packs += self._pack(unit, [next(coming) for _ in unit]).tensors
@@ -132,9 +135,9 @@ class _Group:
         self.refs = tuple(entry.ref for entry in self.entries)
         self.watch = Watch(self.entries)
         if context is not None:
-            journal = log_of(context)
-            journal.graphs.append(Report(tuple(layers)))
-            journal.entries += self.entries
+            self.journal = log_of(context, dynamo.backend_of(context), root)
+            self.journal.graphs.append(Report(tuple(layers)))
+            self.journal.entries += self.entries
 
     def _join(self, linears: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> None:
         """Packs side by side what lay so in the block that the graph was compiled for."""

@@ -70,9 +70,8 @@ class Store:
                 stamp = stamp_of(weight)
                 packed, sqnr = pack_weight(weight, scheme, layout)
                 entry.packs[key] = packed if strides is None else packed.laid(strides), sqnr
-                entry.version, entry.pointer = stamp
+                entry.accept(weight, stamp)
                 entry.loose.add(key)
-                self.turn()
                 self.packed += 1
             if not loose:
                 entry.loose.discard(key)
@@ -119,8 +118,7 @@ class Store:
         for i, (entry, part) in enumerate(zip(entries, parts, strict=True)):
             entry.loose.discard(key)
             entry.packs[key], entry.wholes[key] = (part, apart[i][1]), (whole, i)
-            entry.version, entry.pointer = stamps[i]
-        self.turn()
+            entry.accept(weights[i], stamps[i])
         return whole
 
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
@@ -130,6 +128,11 @@ class Store:
             for entry in todo:
                 entry.repack()
             return len(todo)
+
+    def overwritten(self, weights: Sequence[torch.Tensor]) -> int:
+        """How many packed weights were written to in a way that PyTorch does not count: stale now. Reads all of each."""
+        with self._lock:
+            return sum(entry.overwritten() for entry in {self.find(weight) for weight in weights} if entry is not None)
 
     def __len__(self) -> int:
         return len(self._entries)

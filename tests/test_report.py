@@ -270,3 +270,25 @@ def test_a_weight_without_elements_is_left_alone(scheme: str) -> None:
         assert sqnr_db(y, model(x)[0]) > 15
     assert empty.shape == (3, 0)
     assert_counts(aoquant_inductor.report(function), 1, 3, empty=2)
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_a_second_equal_compile_has_the_graphs_of_the_first(instances: int, graphs: list[Graph]) -> None:
+    """As a cell of a notebook that runs again: Dynamo compiles nothing for it, and the first may be gone."""
+    x = tokens()
+    for _ in range(instances):  # a second instance looks its packs up
+        model = Two().eval()
+        first, _, report = run(model, x)
+    assert_counts(report, 2)
+    count = len(graphs)
+    for _ in range(2):
+        with torch.no_grad():
+            first = compiled(model)
+            first(x)
+        assert_counts(aoquant_inductor.report(first), 2)
+        assert len(graphs) == count
+    model.a.weight.data.fill_(0.25)
+    assert aoquant_inductor.refresh(first) == 2
+    other = compiled(model, "int8dq")
+    assert not aoquant_inductor.report(other).layers, "other options: nothing ran by them"
+    assert not aoquant_inductor.report(compiled(Two().eval())).layers

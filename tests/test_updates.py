@@ -11,6 +11,7 @@ from torch import nn
 from util import BF16, Block, Graph, assert_counts, block, compiled, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
+from aoquant_inductor.entry import digest_of
 from aoquant_inductor.weights import STORE
 
 
@@ -125,6 +126,74 @@ def test_refresh_repairs_what_nobody_can_see(kind: str, graphs: list[Graph]) -> 
         assert aoquant_inductor.refresh(function) == 1
         assert sqnr_db(function(x), model.reference(x)) > 45
     assert len(graphs) == count
+
+
+class Merging(nn.Module):
+    """A base whose adapter can be added to it, by .data as PEFT adds it: the same memory, and no version of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.delta, self.merged = nn.Linear(32, 32, dtype=BF16), torch.randn(32, 32).to(BF16), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        return y if self.merged else y + x @ self.delta.t()
+
+    def merge(self, sign: int) -> None:
+        self.base.weight.data += sign * self.delta
+        self.merged = sign > 0
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        y = linear64(x, self.base)
+        return y if self.merged else y + x.double() @ self.delta.double().t()
+
+
+def test_a_compile_sees_what_no_call_sees() -> None:
+    model, x = Merging().eval(), tokens()
+    function, _, _ = run(model, x)
+    before = STORE.packed
+    model.merge(1)  # Dynamo compiles again for `merged`
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"does not count .*aoquant_inductor.refresh"):
+            assert sqnr_db(function(x), model.reference(x)) > 40
+        model.merge(-1)  # to the graph of before: nothing compiles
+        assert sqnr_db(function(x), model.reference(x)) < 30, "seen after all: document it"
+        assert aoquant_inductor.refresh(function) == 1
+        assert sqnr_db(function(x), model.reference(x)) > 40
+        model.merge(1)
+        _, y, report = run(model, x, weights="frozen")  # other options: a graph of its own
+        assert_counts(report, 1)
+        assert sqnr_db(y, model.reference(x)) > 40
+        assert sqnr_db(function(x), model.reference(x)) > 40, "one pack for both"
+    assert STORE.packed == before
+
+
+def test_weights_that_come_to_a_compiled_graph_are_looked_at_once(graphs: list[Graph]) -> None:
+    x, model = tokens(), block()
+    run(model, x, weights="frozen")
+    make("looked up", x)
+    count = len(graphs)
+    model.a.weight.data += 1
+    _, y, report = run(model, x)
+    assert_counts(report, 1)
+    assert sqnr_db(y, model.reference(x)) > 40
+    assert len(graphs) == count == 3
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(4, 32), (3, 7), (1, 1), (5, 2)])
+def test_a_digest_is_of_every_value_and_its_row(n: int, k: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(n + 1, k).to(dtype)[1:]  # begins where no wider word may
+    digest = digest_of(weight)
+    assert torch.equal(digest, digest_of(weight.t().contiguous().t()))
+    seen = set()
+    for i in range(n):
+        for j in range(k):
+            changed = weight.clone()
+            changed[i, j] += 1
+            seen.add(int(digest_of(changed)))
+    assert int(digest) not in seen
+    assert n == 1 or int(digest_of(weight.flip(0))) != int(digest)
 
 
 def test_frozen_weights_trust_the_user_and_refresh_still_works() -> None:

@@ -1,0 +1,153 @@
+"""What a linear is called, wherever its weight comes from: keys of `schemes` and the report go by it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from util import Graph, assert_counts, dequantized_twin, run, sqnr_db, tokens
+
+import aoquant_inductor
+from aoquant_inductor import OptionError
+from aoquant_inductor.errors import UnmatchedPattern, UnsupportedLayers
+from aoquant_inductor.names import Names
+
+FP32 = torch.float32
+
+
+def pair() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+
+
+class Mixture(nn.Module):
+    """The router of a mixture in transformers: a parameter that F.linear reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_a_parameter_that_is_read_as_a_linear_goes_by_its_module(graphs: list[Graph]) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(32, 32), "gate": Mixture()}).eval()
+    table = nn.Parameter(torch.randn(2, 3, 4))
+    model["gate"].register_parameter("experts", table)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.mlp["up"](x)
+            torch._dynamo.graph_break()
+            return self.mlp["gate"](y)
+
+    schemes = {"*.gate": None, "*": "int8wo"}
+    whole = Whole().eval()
+    _, _, report = run(whole, tokens(dtype=FP32), schemes=schemes)  # the first of two graphs has no router
+    assert_counts(report, 1, 2, user=1)
+    assert {layer.name: layer.matched_by for layer in report.layers} == {"mlp.up": "*", "mlp.gate": "*.gate"}
+    assert [bool(graph.packs) for graph in graphs] == [True, False]
+    assert aoquant_inductor.plan(whole, {"schemes": schemes}).totals["quantized"] == 1
+    with pytest.raises(UnmatchedPattern, match=r'"\*.experts" names none of the 1 linears'):
+        aoquant_inductor.plan(whole, {"schemes": {"*.experts": "int8wo", "*": "int8wo"}})
+
+
+def test_a_function_over_several_modules_names_each_by_its_variable() -> None:
+    first, second, x = pair(), pair(), tokens(dtype=FP32)
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = second(first(x))
+        return y
+
+    function, y, report = run(both, x, schemes={"second.0": None, "*": "int8wo"})  # type: ignore[arg-type]
+    assert_counts(report, 3, 4, user=1)
+    assert [layer.name for layer in report.layers] == ["first.0", "first.2", "second.0", "second.2"]
+    twins = dequantized_twin(first, "int8wo"), dequantized_twin(second, "int8wo", "2")
+    with torch.no_grad():
+        assert sqnr_db(y, twins[1](twins[0](x))) > 100
+
+
+def test_names_from_sources() -> None:
+    names, weights = Names(None), [torch.empty(0) for _ in range(2)]
+    sources = [f"L['models'][{i}]._modules['up']._parameters['weight']" for i in range(2)]
+    names.hear(sources)
+    assert [names.of(*pair) for pair in zip(weights, sources, strict=True)] == [["0.up"], ["1.up"]]
+    sources = [f"L['{name}']._modules['up']._parameters['weight']" for name in ("encoder", "decoder")]
+    names.hear([*sources, "L['w']"])
+    assert [names.of(*pair) for pair in zip(weights, sources, strict=True)] == [["encoder.up"], ["decoder.up"]]
+    names.hear(sources[:1])
+    assert names.of(weights[0], sources[0]) == ["up"]
+    assert names.of(weights[0], "L['w']") == ["L['w']"]
+
+
+def normed(linear: nn.Linear) -> None:
+    parametrizations.weight_norm(linear)
+
+
+def pruned(linear: nn.Linear) -> None:
+    prune.l1_unstructured(linear, "weight", 0.5)
+
+
+@pytest.mark.parametrize("how", [normed, pruned])
+def test_a_weight_that_is_computed_is_named_and_stays(how: object, graphs: list[Graph]) -> None:
+    model, x, schemes = pair(), tokens(dtype=FP32), {"0": "int8wo", "2": "int8wo"}
+    how(model[0])  # type: ignore[operator]
+    model.eval()
+    function, y, report = run(model, x, schemes=schemes)
+    assert_counts(report, 1, 2, not_parameter=1)
+    (left,) = (layer for layer in report.layers if layer.reason)
+    assert (left.name, left.shape, left.scheme) == ("0", (32, 32), "int8wo")
+    assert left.detail == "has a weight that is computed at every call (a parametrization?), which stays as it is."
+    with torch.no_grad():
+        assert sqnr_db(y, model(x)) > 30
+    planned = aoquant_inductor.plan(model, {"schemes": schemes})
+    assert [(layer.name, layer.reason, layer.shape) for layer in planned.layers if layer.reason] == [
+        ("0", "not_parameter", (32, 32))
+    ]
+    with pytest.raises(UnsupportedLayers, match="^0 has a weight that is computed"):
+        run(model, x, schemes=schemes, on_unsupported="error")
+    assert len(graphs) == 1
+
+
+def test_what_torch_export_made_is_quantized() -> None:
+    """Its linears are aten ops over parameters that no nn.Linear owns."""
+    model, x = pair(), tokens(dtype=FP32)
+    exported = torch.export.export(model, (x,)).module()
+    _, y, report = run(exported, x, schemes={"0": "int8wo", "2": "int4wo-32"})
+    assert_counts(report, 2)
+    assert {layer.name: layer.scheme for layer in report.layers} == {"0": "int8wo", "2": "int4wo-32"}
+    assert 15 < sqnr_db(y, model(x)) < 40
+
+
+def test_a_model_without_data_says_so() -> None:
+    with torch.device("meta"):
+        model, x = pair(), torch.empty(4, 32)
+    _, y, report = run(model, x)
+    assert y.is_meta
+    assert_counts(report, 0, 2, meta=2)
+    assert report.layers[0].detail == "has no data: it is on the meta device."
+
+
+@pytest.mark.parametrize("options", ["int8wo", ["int8wo"]])
+def test_options_that_are_no_dict(options: object) -> None:
+    function = torch.compile(pair(), backend="aoquant", options=options)  # type: ignore[call-overload]
+    with pytest.raises(OptionError, match=r'give a dict, as {"schemes": "int8wo"}'):
+        function(tokens(dtype=FP32))
+
+
+def test_vmap_is_one_call_of_more_rows(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = pair(), torch.randn(3, 5, 32)
+    torch._logging.set_logs(aot_graphs=True)
+    try:
+        _, y, report = run(lambda x: torch.vmap(model, in_dims=1)(x), x)  # type: ignore[arg-type]
+    finally:
+        torch._logging.set_logs()
+    assert_counts(report, 2)
+    assert caplog.text.count("torch.ops.aoquant.linear_wo.default(") == 2
+    with torch.no_grad():
+        assert sqnr_db(y, dequantized_twin(model, "int8wo")(x.movedim(1, 0))) > 100
