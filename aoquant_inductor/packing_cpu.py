@@ -1,20 +1,20 @@
 """w_q[N, K] int8 -> the bytes that templates/cpu_linear.h reads, and back; plain torch.
 
-A packed weight is [n_pad / columns, k_pad / step] rows of `columns` = 4 * lanes columns x `step` values of k, for vectors of so many
-lanes of 32 bits: 16 with AVX512 ("cpu_bf16" for vdpbf16ps, "cpu_vnni" for vpdpbusd), 8 with AVX2 ("cpu_fma" for vfmadd,
-"cpu_madd" for vpmaddwd and, of int4, vpmaddubsw).
+A packed weight is [n_pad / columns, k_pad / step] rows of 4 * lanes columns x `step` values of k, for vectors of so many lanes of
+32 bits: 16 with AVX512 ("cpu_bf16" for vdpbf16ps, "cpu_vnni" for vpdpbusd), 8 with AVX2 ("cpu_fma" for vfmadd, "cpu_madd" for
+vpmaddwd and, of int4, vpmaddubsw).
 Each table below names the axes of a row in memory order; the byte codes make the kernel's decoding short:
 
-| kind     | bits | step | byte code                    | axes of a row, slowest first (n within the columns, k within the step)   |
-|----------|------|------|------------------------------|--------------------------------------------------------------------------|
-| cpu_bf16 | 8    | 2    | sign(q) << 7, q >= 0 ? q: ~q | n // 32, n // 4 % 4, n // 16 % 2, n % 4, k                               |
-| cpu_bf16 | 4    | 2    | nibble q + 8                 | n % 16, k, n // 32 (byte), n // 16 % 2 (nibble, low first)               |
-| cpu_vnni | 8    | 4    | q + 128                      | n, k                                                                     |
-| cpu_vnni | 4    | 4    | nibble q + 8                 | n // 32, n % 16, k, n // 16 % 2 (nibble, low first)                      |
-| cpu_fma  | 8    | 2    | q                            | k, n                                                                     |
-| cpu_fma  | 4    | 2    | nibble q + 8                 | n % 8, k, n // 16 (byte), n // 8 % 2 (nibble, low first)                 |
-| cpu_madd | 8    | 2    | q                            | n, k                                                                     |
-| cpu_madd | 4    | 4    | nibble q + 8                 | n // 16, n % 8, k, n // 8 % 2 (nibble, low first)                        |
+| kind     | bits | step | byte code                    | axes of a row, slowest first (n within columns, k within step)    |
+|----------|------|------|------------------------------|-------------------------------------------------------------------|
+| cpu_bf16 | 8    | 2    | sign(q) << 7, q >= 0 ? q: ~q | n // 32, n // 4 % 4, n // 16 % 2, n % 4, k                        |
+| cpu_bf16 | 4    | 2    | nibble q + 8                 | n % 16, k, n // 32 (byte), n // 16 % 2 (nibble, low first)        |
+| cpu_vnni | 8    | 4    | q + 128                      | n, k                                                              |
+| cpu_vnni | 4    | 4    | nibble q + 8                 | n // 32, n % 16, k, n // 16 % 2 (nibble, low first)               |
+| cpu_fma  | 8    | 2    | q                            | k, n                                                              |
+| cpu_fma  | 4    | 2    | nibble q + 8                 | n % 8, k, n // 16 (byte), n // 8 % 2 (nibble, low first)          |
+| cpu_madd | 8    | 2    | q                            | n, k                                                              |
+| cpu_madd | 4    | 4    | nibble q + 8                 | n // 16, n % 8, k, n // 8 % 2 (nibble, low first)                 |
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NEEDS = {
 
 @functools.cache
 def runnable() -> tuple[str, ...]:
-    """The instruction sets this CPU has kernels for, the best first; asked of Linux, since torch's own queries differ between versions."""
+    """The instruction sets of NEEDS that this CPU has; asked of Linux, since torch's own queries differ between versions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -76,7 +76,7 @@ def _code8(t: Tensor, kind: str) -> Tensor:
 
 
 def pack(w_q: Tensor, bits: int, k_pad: int, n_pad: int, kind: str) -> Tensor:
-    """w_q[N, K] int8, values of `bits` bits -> uint8[n_pad / columns, k_pad / step, columns * step * bits / 8]; padded with q = 0."""
+    """w_q[N, K] int8, values of `bits` bits -> uint8[n_pad / columns, k_pad / step, bytes of a row]; padded with q = 0."""
     each, width, lanes = step(kind, bits), columns(kind), LANES[kind]
     n, k = w_q.shape
     if (n, k) != (n_pad, k_pad):
@@ -104,7 +104,7 @@ def pack(w_q: Tensor, bits: int, k_pad: int, n_pad: int, kind: str) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int, k: int, kind: str) -> Tensor:
-    """uint8[n_pad / columns, k_pad / step, columns * step * bits / 8] -> w_q[n, k] int8; the inverse of `pack`."""
+    """uint8[n_pad / columns, k_pad / step, bytes of a row] -> w_q[n, k] int8; the inverse of `pack`."""
     each, width, lanes = step(kind, bits), columns(kind), LANES[kind]
     word = {2: torch.int16, 4: torch.int32}[each]
     blocks, steps = packed.shape[:2]
