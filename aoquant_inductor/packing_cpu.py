@@ -1,8 +1,8 @@
 """w_q[N, K] int8 -> the bytes that templates/cpu_linear.h reads, and back; plain torch.
 
-A packed weight is [n_pad / columns, k_pad / step] rows of 4 * lanes columns x `step` values of k, for vectors of so many lanes of
-32 bits: 16 with AVX512 ("cpu_bf16" for vdpbf16ps, "cpu_vnni" for vpdpbusd), 8 with AVX2 ("cpu_fma" for vfmadd, "cpu_madd" for
-vpmaddwd and, of int4, vpmaddubsw).
+A packed weight is [n_pad / columns, k_pad / step] rows of 4 * lanes columns x `step` values of k, for vectors of so many lanes
+of 32 bits: 16 with AVX512 ("cpu_bf16" for vdpbf16ps, "cpu_vnni" for vpdpbusd), 8 with AVX2 ("cpu_fma" for vfmadd, "cpu_madd"
+for vpmaddwd and, of int4, vpmaddubsw).
 Each table below names the axes of a row in memory order; the byte codes make the kernel's decoding short:
 
 | kind     | bits | step | byte code                    | axes of a row, slowest first (n within columns, k within step)    |
@@ -37,19 +37,16 @@ NEEDS = {
 
 
 @functools.cache
-def runnable() -> tuple[str, ...]:
-    """The instruction sets of NEEDS that this CPU has; asked of Linux, since torch's own queries differ between versions."""
+def instruction_set() -> str | None:
+    """The best of NEEDS that this CPU has, which its weights are packed for; None where there are no kernels of ours. Asked of
+    Linux, since torch's own queries differ between versions.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return ()
+        return None
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    return tuple(name for name, needs in NEEDS.items() if flags >= needs)
-
-
-def instruction_set() -> str | None:
-    """The one this CPU's weights are packed for; None where there are no kernels of ours."""
-    return next(iter(runnable()), None)
+    return next((name for name, needs in NEEDS.items() if flags >= needs), None)
 
 
 def columns(kind: str) -> int:

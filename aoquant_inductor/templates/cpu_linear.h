@@ -58,8 +58,13 @@ template <class X, class Y, class Bias> struct Linear {
   Y* y;
   int64_t ldy;
 
-  int64_t groups() const { return group > 0 && group < K ? ceil_div(K, group) : 1; }
   int64_t n_pad() const { return ceil_div(N, kColumns) * kColumns; }
+};
+
+// Whether there are several groups is a type: where the caller knows, the other half is not compiled (a kernel's compile takes 2.5 s, not 3.6).
+template <class L, bool Several> struct Grouped : L {
+  static constexpr bool kSeveral = Several;
+  int64_t groups() const { return Several ? ceil_div(this->K, this->group) : 1; }
 };
 
 // What one thread keeps of a block of rows. start: what a group's accumulators start from, which undoes the decoders' bias;
@@ -155,7 +160,7 @@ void accumulate_groups(const P& p, const Block<Kind>& blk, int64_t row, int64_t 
 template <class Kind, int MR, class P>
 void accumulate_rows(const P& p, const Block<Kind>& blk, int64_t row, int64_t n, const uint8_t* w, int64_t s0, int64_t s1, float* tile) {
   constexpr int One = registers(MR, false), Grouped = registers(MR, true);
-  if (Kind::Decode::Bits >= 16 || p.groups() == 1) {
+  if constexpr (Kind::Decode::Bits >= 16 || !P::kSeveral) {
     accumulate<Kind, MR, 0, One>(blk, row, w, s0, s1, tile);
     if constexpr (One == 2) accumulate<Kind, MR, 2, 2>(blk, row, w, s0, s1, tile);
   } else {
@@ -278,7 +283,7 @@ template <class Kind, class P> void linear_part(const P& p, int64_t m_begin, int
   _mm_free(scratch);
 }
 
-template <class Kind, class P> void linear(const P& p, int threads) {
+template <class Kind, class P> void run(const P& p, int threads) {
   const int64_t n_blocks = ceil_div(p.N, kColumns), m_tiles = ceil_div(p.M, kTileRows);
   if (p.M <= 0 || p.N <= 0) return;
   // a grid of threads, tm by tn, with the least work for the busiest; few rows of threads when equal, since each of them reads all weights
@@ -297,20 +302,26 @@ template <class Kind, class P> void linear(const P& p, int threads) {
   for (int i = 0; i < tm * tn; ++i) part(i);
 }
 
+template <class Kind, class L> AOQUANT_INLINE void linear(const L& p, int threads) {
+  if (p.group > 0 && p.group < p.K) run<Kind>(Grouped<L, true>{p}, threads);
+  else run<Kind>(Grouped<L, false>{p}, threads);
+}
+
 // ---- entry points ------------------------------------------------------------------------------------------------------------------------------
 
 // w: layout "cpu_bf16" or "cpu_fma". group: even, or >= K (or 0) for one scale per channel.
 template <int Bits, class X, class Y, class Bias>
-void linear_weight_only(int64_t M, int64_t N, int64_t K, const X* x, int64_t ldx, const uint8_t* w, const float* scale, const float* offset, int64_t group,
-                        const Bias* bias, Y* y, int64_t ldy, int threads) {
+AOQUANT_INLINE void linear_weight_only(int64_t M, int64_t N, int64_t K, const X* x, int64_t ldx, const uint8_t* w, const float* scale, const float* offset,
+                                       int64_t group, const Bias* bias, Y* y, int64_t ldy, int threads) {
   const Linear<X, Y, Bias> p{M, N, K, x, ldx, nullptr, nullptr, w, scale, offset, group, nullptr, bias, y, ldy};
   linear<typename WeightOnlyKind<X, Bits>::type>(p, threads);
 }
 
 // w: layout "cpu_vnni" or "cpu_madd". group: a multiple of 4, or >= K (or 0) for one scale per channel. K < 65536 within a group.
 template <int Bits, class Y, class Bias>
-void linear_dynamic(int64_t M, int64_t N, int64_t K, const int8_t* x_q, int64_t ldx, const float* x_scale, const int32_t* x_zp, const uint8_t* w,
-                    const float* scale, const float* offset, int64_t group, const float* w_sum, const Bias* bias, Y* y, int64_t ldy, int threads) {
+AOQUANT_INLINE void linear_dynamic(int64_t M, int64_t N, int64_t K, const int8_t* x_q, int64_t ldx, const float* x_scale, const int32_t* x_zp,
+                                   const uint8_t* w, const float* scale, const float* offset, int64_t group, const float* w_sum, const Bias* bias, Y* y,
+                                   int64_t ldy, int threads) {
   const Linear<int8_t, Y, Bias> p{M, N, K, x_q, ldx, x_scale, x_zp, w, scale, offset, group, w_sum, bias, y, ldy};
   linear<DynamicKind<Bits>>(p, threads);
 }
