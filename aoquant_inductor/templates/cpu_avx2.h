@@ -265,6 +265,7 @@ void requantize_columns(int64_t n, int64_t n_pad, int64_t K, const uint8_t* w, c
   const Decode decode;
   const int64_t steps = ceil_div(K, 2), G = group > 0 && group < K ? ceil_div(K, group) : 1, group_steps = G > 1 ? group / 2 : steps;
   const Ints byte = splat(0xFF);
+  const Floats bias = splat(-(float)Decode::Bias);
   Floats one[4], s[4], z[4];
   for (int j = 0; j < 4; ++j) one[j] = _mm256_div_ps(splat(1.0f), load(row + n + kLanes * j));
   w += n / 32 * G * group_steps * Decode::Bytes;
@@ -274,7 +275,7 @@ void requantize_columns(int64_t n, int64_t n_pad, int64_t K, const uint8_t* w, c
       for (int j = 0; j < 4; ++j) {
         const int64_t at = step / group_steps * n_pad + n + kLanes * j;
         s[j] = mul(load(scale + at), one[j]);
-        z[j] = fnmadd(splat((float)Decode::Bias), s[j], offset ? mul(load(offset + at), one[j]) : Floats{});
+        z[j] = offset ? mul(load(offset + at), one[j]) : Floats{};
       }
     Floats first[4], second[4];
     decode.template get<0, 0, 4>(w, first);
@@ -282,7 +283,9 @@ void requantize_columns(int64_t n, int64_t n_pad, int64_t K, const uint8_t* w, c
     Ints pairs[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Ints low = to_ints(fmadd(first[j], s[j], z[j])), high = to_ints(fmadd(second[j], s[j], z[j]));
+      // the bias is taken back before the one rounding: half of a row's largest value is a tie, and frequent
+      const Floats even = add(first[j], bias), odd = add(second[j], bias);
+      const Ints low = to_ints(fmadd(even, s[j], z[j])), high = to_ints(fmadd(odd, s[j], z[j]));
       pairs[j] = _mm256_or_si256(_mm256_and_si256(low, byte), _mm256_slli_epi32(_mm256_and_si256(high, byte), 8));
     }
     for (int j = 0; j < 4; j += 2)  // packus works within halves: put the quarters in order
