@@ -65,7 +65,8 @@ inline Floats to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
 
 // ---- decoders: one packed row -> b[0 .. NR - 1], the columns 8 (First + j) .. 8 (First + j) + 7 ----------------------------------------------------
 
-template <int Bits> struct DecodeFloats;  // of one k of the step's two
+// Of one k of the step's two. Bias: decoded value - q; int4's is taken back through the row sums of x, which is an instruction less for a value.
+template <int Bits> struct DecodeFloats;
 
 template <> struct DecodeFloats<8> {
   static constexpr int Bits = 8, Bytes = 64, Bias = 0;

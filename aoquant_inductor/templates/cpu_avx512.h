@@ -2,7 +2,7 @@
 // layouts "cpu_bf16" and "cpu_vnni".
 //
 // Decoding runs on the vector ports that the dot products leave free, so few rows decode weights again for every tile. Many rows of bf16 read a
-// panel of bf16 weights. A row of x with an infinity may give NaN where the exact result is infinite.
+// panel of bf16 weights.
 //
 // Needs -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mavx512bf16.
 

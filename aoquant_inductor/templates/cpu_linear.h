@@ -12,7 +12,8 @@
 //
 // Packed weights, from packing_cpu.py: [n_pad / kColumns][k_pad / KStep] rows of Decode::Bytes bytes, n_pad = round_up(N, kColumns), k_pad =
 // G * group when G > 1, else round_up(K, KStep). scale and offset: [G, n_pad]. The decoders are the definition of a row. M >= 0, N >= 1, K >= 1;
-// x, bias and y are not padded and nothing outside their rows is touched.
+// x, bias and y are not padded and nothing outside their rows is touched. A row of x with an infinity may give NaN where the exact result is
+// infinite.
 //
 // Define AOQUANT_ISA as the name of the instruction set's header, or put its text where it is included. threads > 1 needs -fopenmp. Safe under
 // -ffast-math. The text may be pasted into a source file at global scope: everything has internal linkage.
