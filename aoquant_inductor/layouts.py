@@ -6,8 +6,10 @@
 | `wgmma`    | int8 [N, K], K in packing_cuda.wgmma_order                | [G, N], as quantized                         |
 | `cuda_int8` | packing_cuda.py, int4 for int8 activations                | [G, N] up to the padded shape; int zeros bf16 |
 | `cuda_bf16` | packing_cuda.py, int4 for bf16 activations                | the same; of groups below 128 as lay_groups  |
-| `cpu_bf16` | packing_cpu.py, for vdpbf16ps                             | fp32 [G, N up to 64], q * scale + zero        |
-| `cpu_vnni` | packing_cpu.py, for vpdpbusd                              | the same                                     |
+| `cpu_bf16` | packing_cpu.py, AVX512 and floating activations           | fp32 [G, N up to 64], q * scale + zero        |
+| `cpu_vnni` | packing_cpu.py, AVX512 and int8 activations               | the same                                     |
+| `cpu_fma`  | packing_cpu.py, AVX2 and floating activations             | fp32 [G, N up to 32], q * scale + zero        |
+| `cpu_madd` | packing_cpu.py, AVX2 and int8 activations                 | the same                                     |
 
 A layout is a value in LAYOUTS: the op names it, the lowering picks a kernel by it, `unpack` serves the reference.
 """
@@ -160,11 +162,11 @@ def _wgmma() -> Layout:
     return Layout(pack, unpack, 1, (8,), locate=_place("wgmma"))
 
 
-def _cpu(kind: str) -> Layout:
+def _cpu(kind: str, int8_layout: str) -> Layout:
     def pack(quantized: Quantized, sums: bool) -> Packed:
         spec, (n, k) = quantized.spec, quantized.w_q.shape
         group = spec.group_size or 0
-        n_pad, k_pad = packing_cpu.padded_shape(n, k, group, kind)
+        n_pad, k_pad = packing_cpu.padded_shape(n, k, group, kind, spec.bits)
         pad = (0, n_pad - n)
         scale = torch.nn.functional.pad(quantized.scale.float(), pad)
         zero = None
@@ -172,13 +174,13 @@ def _cpu(kind: str) -> Layout:
             z = quantized.zero.float()
             zero = torch.nn.functional.pad(-z * quantized.scale.float() if spec.zero_point == "int" else z, pad)
         total = packing_cpu.weight_sums(quantized.w_q, scale, group, n_pad)[None] if sums else None
-        w = packing_cpu.pack_vnni(quantized.w_q, spec.bits, k_pad, n_pad, kind)
+        w = packing_cpu.pack(quantized.w_q, spec.bits, k_pad, n_pad, kind)
         return Packed(w, scale, zero, total, (n, k), spec.dtype, group, "float", kind)
 
     def unpack(w: torch.Tensor, k: int, n: int, w_dtype: str) -> torch.Tensor:
-        return packing_cpu.unpack_vnni(w, DTYPES[w_dtype][0], n, k, kind)
+        return packing_cpu.unpack(w, DTYPES[w_dtype][0], n, k, kind)
 
-    return Layout(pack, unpack, packing_cpu.COLUMNS, int8_layout="cpu_vnni")
+    return Layout(pack, unpack, packing_cpu.columns(kind), int8_layout=int8_layout)
 
 
 def _cuda(kind: str) -> Layout:
@@ -204,6 +206,6 @@ def _cuda(kind: str) -> Layout:
 
 LAYOUTS = {
     "plain": Layout(_plain_pack, _plain_unpack, 1, locate=_place("plain")), "wgmma": _wgmma(),
-    "cpu_bf16": _cpu("cpu_bf16"), "cpu_vnni": _cpu("cpu_vnni"),
+    **{kind: _cpu(kind, kinds[1]) for kinds in packing_cpu.LAYOUTS.values() for kind in kinds},
     "cuda_bf16": _cuda("cuda_bf16"), "cuda_int8": _cuda("cuda_int8"),
 }

@@ -1,4 +1,7 @@
-"""The CPU's choices: our AVX512 kernels, inlined into Inductor's generated C++ (templates/cpu_linear.h)."""
+"""The CPU's choices: our AVX512 and AVX2 kernels, inlined into Inductor's generated C++ (templates/cpu_linear.h).
+
+Inductor compiles for the machine it runs on (-march=native), which is all that their instructions need.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,26 @@ from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import packing_cpu
 from aoquant_inductor.problem import Problem
 
-HEADER = Path(__file__).parent / "templates" / "cpu_linear.h"
+TEMPLATES = Path(__file__).parent / "templates"
 TYPES = {torch.bfloat16: "aoquant::bf16", torch.float16: "aoquant::f16", torch.float32: "float"}
 # Multiply-adds below which another thread costs more than it brings: ~10 us of one core.
 THREAD_WORK = 1 << 20
 
 
+ISA = {layout: name for name, layouts in packing_cpu.LAYOUTS.items() for layout in layouts}
+"""layout -> the instruction set whose kernels read it."""
+
+
 @functools.cache
-def _preamble() -> str:
-    return HEADER.read_text().replace("#pragma once\n", "")
+def _preamble(isa: str) -> str:
+    return (TEMPLATES / "cpu_linear.h").read_text().replace("#include AOQUANT_ISA", (TEMPLATES / f"cpu_{isa}.h").read_text())
+
+
+def _kernel(isa: str, p: Problem) -> str:
+    """Its name in reports: the instructions that do the work."""
+    if isa == "avx2":
+        return "C++ AVX2 " + (("VPMADDWD" if p.bits == 8 else "VPMADDUBSW") if p.dynamic else "FMA")
+    return "C++ AVX512 " + ("VNNI" if p.dynamic else "BF16" if p.x.get_dtype() == torch.bfloat16 else "FMA")
 
 
 def _cast(ctype: str, name: str, node: Any) -> str:
@@ -28,8 +42,9 @@ def _cast(ctype: str, name: str, node: Any) -> str:
 
 
 def linear(p: Problem) -> tuple[str, Any] | None:
-    """(kernel name, y[M, N]) for the two packed layouts."""
-    if p.layout not in ("cpu_bf16", "cpu_vnni") or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
+    """(kernel name, y[M, N]) for the packed layouts."""
+    isa = ISA.get(p.layout)
+    if isa is None or ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
         return None
     bias_type = TYPES[p.bias.get_dtype() if p.bias is not None else p.out_dtype]
     y, bias = f"({TYPES[p.out_dtype]}*)y", _cast(bias_type, "bias", p.bias)
@@ -49,21 +64,24 @@ def linear(p: Problem) -> tuple[str, Any] | None:
         f"  aoquant::{function}(M, {p.n}, {p.k}, {left}, {weight}, {bias}, {y}, {p.n}, threads);"
     )
     name = f"w{p.bits}_{p.layout}"
-    node = ir.cpp_template(name, inputs, p.m, p.n, p.out_dtype, p.device, _preamble(), body)
-    return f"C++ AVX512 {'VNNI' if p.dynamic else 'BF16' if p.x.get_dtype() == torch.bfloat16 else 'FMA'}", node
+    node = ir.cpp_template(name, inputs, p.m, p.n, p.out_dtype, p.device, _preamble(isa), body)
+    return _kernel(isa, p), node
 
 
 def requantize(p: Problem, row: Any) -> tuple[str, Any] | None:
-    """(kernel name, the weight of layout "cpu_bf16" as int8 in "cpu_vnni", with the scales row[1, N])."""
-    if p.layout != "cpu_bf16" or p.k == 0 or p.n == 0:
+    """(kernel name, the weight-only weight as int8 in its instruction set's other layout, with the scales row[1, N])."""
+    isa = ISA.get(p.layout)
+    if isa is None or p.k == 0 or p.n == 0:
         return None
-    blocks, steps = -(-p.n // packing_cpu.COLUMNS), -(-p.k // packing_cpu.STEP["cpu_vnni"])
+    to = packing_cpu.LAYOUTS[isa][1]
+    columns, step = packing_cpu.columns(to), packing_cpu.step(to, 8)
+    blocks, steps = -(-p.n // columns), -(-p.k // step)
     inputs = {"w": p.w, "scale": p.scale, "offset": p.zero, "row": row}
     weight = f"w, scale, {_cast('float', 'offset', p.zero)}, {p.key[3]}"
     body = (
         f"  const int threads = (int)std::min<int64_t>({{threads}}, 1 + {p.n * p.k}LL / {THREAD_WORK});\n"
         f"  aoquant::requantize<{p.bits}>({p.n}, {p.k}, {weight}, row, y, threads);"
     )
-    width = packing_cpu.COLUMNS * packing_cpu.STEP["cpu_vnni"]
-    node = ir.cpp_template(f"w{p.bits}_to_int8", inputs, blocks * steps, width, torch.uint8, p.device, _preamble(), body)
-    return "C++ AVX512 to int8", ir.view(node, [blocks, steps, width])
+    name, width = f"w{p.bits}_{p.layout}_to_int8", columns * step
+    node = ir.cpp_template(name, inputs, blocks * steps, width, torch.uint8, p.device, _preamble(isa), body)
+    return f"C++ {isa.upper()} to int8", ir.view(node, [blocks, steps, width])

@@ -18,8 +18,8 @@ ALIGNMENT = 16  # bytes; what Inductor promises a kernel of its arguments
 
 def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str:
     """The layout of a weight[N, K] of `dtype` on `device`: one that serves every M."""
-    if device.type == "cpu" and packing_cpu.available():
-        return "cpu_bf16" if scheme.activation is None else "cpu_vnni"
+    if device.type == "cpu" and (isa := packing_cpu.instruction_set()) is not None:
+        return packing_cpu.LAYOUTS[isa][scheme.activation is not None]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "plain"
     arch, spec, k = Card.of(device).arch, scheme.weight, shape[1]

@@ -44,7 +44,7 @@ def reference(x: torch.Tensor, linear: nn.Linear, scheme: Scheme) -> torch.Tenso
     return linear64(x, linear, resolve("int8dq"), rows_of(p, requantize(p)))
 
 
-@pytest.mark.parametrize("layout", ["plain", "cpu_bf16", "cuda_bf16"])
+@pytest.mark.parametrize("layout", ["plain", "cpu_bf16", "cpu_fma", "cuda_bf16"])
 @pytest.mark.parametrize("name", LARGE)
 def test_the_int8_weight_is_the_int4_weight_but_for_its_rounding(name: str, layout: str) -> None:
     scheme = SCHEMES[name]
@@ -67,17 +67,18 @@ def test_the_int8_weight_is_the_int4_weight_but_for_its_rounding(name: str, layo
 @pytest.mark.parametrize("name", LARGE)
 def test_the_lowering_makes_the_same_integers(name: str, available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not available:
-        monkeypatch.setattr(packing_cpu, "available", lambda: False)
-    elif not packing_cpu.available():
+        monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
+    isa = packing_cpu.instruction_set()
+    if available and isa is None:
         pytest.skip("no kernel for this CPU")
     lowering.install()
     for n, k in ((7, 65), (130, 322), (64, 3), (70, 256)):
         p = pack_of(torch.randn(n, k, dtype=BF16), SCHEMES[name])
-        assert p.layout == ("cpu_bf16" if available else "plain")
+        assert p.layout == (packing_cpu.LAYOUTS[isa][0] if isa else "plain")
         torch.compiler.reset()
         with lowering.recording() as kernels:
             got = torch.compile(lambda p=p: requantize(p))()
-        assert kernels[p.int8_key] == {"C++ AVX512 to int8" if available else "portable to int8"}
+        assert kernels[p.int8_key] == {f"C++ {isa.upper()} to int8" if isa else "portable to int8"}
         want = requantize(p)
         layout = p.int8_key[-1]
         difference = (packing.unpack(got, k, n, "int8", layout).int() - packing.unpack(want, k, n, "int8", layout).int()).abs()

@@ -93,7 +93,7 @@ def test_dynamic_m() -> None:
 @pytest.mark.parametrize("m", [1, 7])
 def test_portable_lowering(monkeypatch: pytest.MonkeyPatch, m: int) -> None:
     """What runs where there is no kernel of ours."""
-    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     names = [*SOME, "int8dq", "int8dq-int4w-asym", "int4wo-32-asymfloat"]
     zoo = Zoo(names, FP32, [(33, 7), (129, 65), (1, 16)]).eval()
     x = zoo.inputs(m, FP32)
@@ -106,7 +106,7 @@ def test_portable_lowering(monkeypatch: pytest.MonkeyPatch, m: int) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_portable_lowering_of_a_last_group_that_is_not_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Inductor's C++ loop over such a K lost its end. And the backward, which is portable beside our kernels, too."""
-    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     names = ["int8wo-32", "int8wo-64", "int8wo-128", "int4wo-128", "int4wo-32-asymfloat"]
     zoo = Zoo(names, dtype, [(129, 16), (200, 7), (160, 33), (145, 16), (513, 5)]).eval().requires_grad_(False)
     x = zoo.inputs(7, dtype)
@@ -161,7 +161,7 @@ class Wide(nn.Module):
 @pytest.mark.parametrize("portable", [False, True])
 def test_fp16_with_large_activations_does_not_overflow(monkeypatch: pytest.MonkeyPatch, portable: bool) -> None:
     if portable:
-        monkeypatch.setattr(packing_cpu, "available", lambda: False)
+        monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     names = ["int8wo", "int8dq", "int4wo-128", "int8dq-int4w-32"]
     model = Wide(names).eval()
     x = (torch.randn(4, 4096) * 20).to(FP16)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from util import BF16, FP16, FP32, sqnr_db
+from util import BF16, CPU, FP16, FP32, sqnr_db
 
-from aoquant_inductor import packing, packing_cuda, qparams
+from aoquant_inductor import packing, packing_cpu, packing_cuda, qparams
 from aoquant_inductor.layouts import LAYOUTS, by_group
 from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 
@@ -111,3 +113,27 @@ def test_groups_within_a_chunk_lie_side_by_side(size: int) -> None:
     for group, row in ((0, 0), (k // size - 1, n - 1), (3, 17), (4, 30)):
         place = packing_cuda.locate_group(group, row, size, lambda a, b: a // b, lambda a, b: a % b)
         assert laid[place] == t[group, row]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu sse4_2 avx avx2 fma f16c", "avx2"),
+        ("fpu sse4_2 avx avx2 fma", None),
+        ("fpu avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_vnni", "avx2"),
+        ("fpu avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_vnni avx512_bf16", "avx512"),
+        (None, None),
+    ],
+)
+def test_weights_are_packed_for_the_best_instruction_set(
+    flags: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+    monkeypatch.setattr(packing_cpu, "Path", lambda name: info)
+    found = packing_cpu.instruction_set.__wrapped__()
+    assert found == expected
+    monkeypatch.setattr(packing_cpu, "instruction_set", lambda: found)
+    kinds = [packing.choose(SCHEMES[name], CPU, BF16, (64, 64)) for name in ("int8wo", "int8dq")]
+    assert kinds == {"avx512": ["cpu_bf16", "cpu_vnni"], "avx2": ["cpu_fma", "cpu_madd"], None: ["plain", "plain"]}[found]

@@ -16,7 +16,7 @@ from aoquant_inductor.patterns import dynamic
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of a device without kernels of its own: a golden holds on every machine."""
-    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
 
 
 def text(graph: Graph) -> str:

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from torch import nn
-from util import BF16, Graph, assert_counts, compiled, from_pack, linear64, run, sqnr_db, tokens
+from util import BF16, CPU, INT8, Graph, assert_counts, compiled, from_pack, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor import lowering, packing, packing_cpu, siblings
 from aoquant_inductor.scheme import LARGE_M, resolve
 from aoquant_inductor.weights import STORE
 
-SIZES = (64, 128, 64)  # multiples of the CPU layouts' 64 rows
+SIZES = (64, 128, 64)  # multiples of the rows of the CPU layouts, 64 or 32
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ class Heads(nn.Module):
 @pytest.mark.parametrize("scheme", ["int8wo", "int8dq-asymact", "int4wo-32-asym", "int8dq-int4w-32-asym-asymact"])
 def test_one_launch_for_three(scheme: str, plain: bool, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:
-        monkeypatch.setattr(packing_cpu, "available", lambda: False)
+        monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     model, x = Heads().eval(), tokens(5, 96)
     packed = STORE.packed
     _, got, report = run(model, x, schemes=scheme)
@@ -93,7 +93,7 @@ def test_many_rows_are_launches_of_their_own_over_the_same_packs(graphs: list[Gr
 def test_what_was_packed_apart_stays_apart_and_gets_second_packs_where_it_must(graphs: list[Graph]) -> None:
     first, second, x = Heads().eval(), Heads().eval(), tokens(5, 96)
     run(second.q, x)  # its own graph: q is packed apart from k and v
-    assert STORE.pack_together([second.q.weight, second.k.weight], resolve("int8wo"), "cpu_bf16" if packing_cpu.available() else "plain") is None
+    assert STORE.pack_together([second.q.weight, second.k.weight], resolve("int8wo"), packing.choose(INT8, CPU, BF16, (32, 32))) is None
     run(first, x)
     function, got, report = run(second, x)
     assert_counts(report, 4)
@@ -131,7 +131,7 @@ def test_what_follows_finds_contiguous_results() -> None:
 
 
 def test_views_that_no_kernel_could_load_from_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_cpu, "available", lambda: False)
+    monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     for sizes, together in (((65, 64, 64), False), ((64, 64, 65), True)):
         model, x = Heads(sizes).eval(), tokens(5, 96)
         _, got, report = run(model, x)
@@ -145,7 +145,7 @@ def test_different_schemes_and_odd_sizes_are_apart() -> None:
     _, got, report = run(model, x, schemes={"q": "int4wo-32", "*": "int8wo"})
     assert_counts(report, 4)
     assert {layer.name: layer.siblings for layer in report.layers} == {"q": (), "k": ("v",), "v": ("k",), "o": ()}
-    if packing_cpu.available():
+    if packing_cpu.instruction_set():
         _, _, report = run(Heads((65, 64, 64)).eval(), x)
         assert_counts(report, 4)
         assert not any(layer.siblings for layer in report.layers)
@@ -169,7 +169,7 @@ def test_one_int8_weight_for_three_where_there_are_many_rows(
     plain: bool, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(packing_cpu, "available", lambda: False)
+        monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     model, name, packed = Heads().eval(), "int4wo-32-asym-large8", STORE.packed
     function = compiled(model, name, dynamic=True)
     for m in (5, LARGE_M + 1):
@@ -192,7 +192,7 @@ def test_many_blocks_of_many_rows(scheme: str, plain: bool, graphs: list[Graph],
     the block that the graph was compiled for.
     """
     if plain:
-        monkeypatch.setattr(packing_cpu, "available", lambda: False)
+        monkeypatch.setattr(packing_cpu, "instruction_set", lambda: None)
     x = tokens(siblings.MOST_ROWS + 1, 96)
     models = [Heads().eval() for _ in range(4)]
     with torch.no_grad():

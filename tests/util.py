@@ -129,7 +129,8 @@ def tokens(m: int = 4, d: int = 32, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 def our_kernel(name: str | None) -> bool:
     """Whether a kernel of ours ran, not Inductor's fallback, where this CPU has one."""
-    return name is not None and (name.startswith("C++ AVX512") or not packing_cpu.available())
+    isa = packing_cpu.instruction_set()
+    return name is not None and (isa is None or name.startswith(f"C++ {isa.upper()}"))
 
 
 def peak_bytes(call: Callable[[], object]) -> tuple[int, int]:
