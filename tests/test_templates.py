@@ -148,6 +148,16 @@ def test_everything_has_a_default_that_fits(scheme: str, card: Card) -> None:
         _check(p, card, *found)
 
 
+@pytest.mark.parametrize("m", [1, 4, 16, 300])
+@pytest.mark.parametrize("scheme", ["int8dq", "int8wo", "int8wo-128"])
+def test_nothing_with_assembly_of_nvidias_is_for_other_cards(scheme: str, m: int) -> None:
+    card = CARDS["mi300"]
+    p = problem(scheme, 4096, 4096, m, card)
+    fitting = [kernel for kernel in KERNELS if kernel.fits(p, card)]
+    assert [kernel.template for kernel in fitting] == ["linear"]
+    assert not any(kernel.keywords(p, config).get("WORDS") for kernel in fitting for config in kernel.able(p, card))
+
+
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 @pytest.mark.parametrize("scheme", ["int8dq", "int8wo"])
 def test_a_search_tries_each_config_once_and_only_what_can_run(scheme: str, card: Card) -> None:

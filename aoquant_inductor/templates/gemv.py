@@ -19,8 +19,8 @@ def _fits(p: Problem, card: Card) -> bool:
     m = ir.static(p.m)
     return (
         m is not None and m <= MOST_ROWS and p.bits == 8 and not p.dynamic and p.zero is None
-        and p.k % 16 == 0 and p.layout in ("plain", "wgmma") and p.by_tma  # 16 bytes of x at once
-        and p.x.get_dtype() in (torch.bfloat16, torch.float16)
+        and p.k % 16 == 0 and p.layout in ("plain", "wgmma") and card.arch >= 80  # prmt is NVIDIA's
+        and p.by_tma and p.x.get_dtype() in (torch.bfloat16, torch.float16)  # 16 bytes of x at once
         and (p.groups == 1 or (p.group_size % 16 == 0 and p.group_size & (p.group_size - 1) == 0))
     )
 
