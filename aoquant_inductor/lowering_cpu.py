@@ -19,8 +19,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 TYPES = {torch.bfloat16: "aoquant::bf16", torch.float16: "aoquant::f16", torch.float32: "float"}
 # Multiply-adds below which another thread costs more than it brings: ~10 us of one core.
 THREAD_WORK = 1 << 20
-
-
 ISA = {layout: name for name, layouts in packing_cpu.LAYOUTS.items() for layout in layouts}
 """layout -> the instruction set whose kernels read it."""
 
@@ -30,11 +28,16 @@ def _preamble(isa: str) -> str:
     return (TEMPLATES / "cpu_linear.h").read_text().replace("#include AOQUANT_ISA", (TEMPLATES / f"cpu_{isa}.h").read_text())
 
 
+KERNELS: dict[tuple[str, bool], dict[object, str]] = {
+    ("avx512", True): {8: "VNNI", 4: "VNNI"}, ("avx512", False): {torch.bfloat16: "BF16"},
+    ("avx2", True): {8: "VPMADDWD", 4: "VPMADDUBSW"}, ("avx2", False): {},
+}
+"""(instruction set, whether x is int8) -> bits of the weight, or dtype of x, -> the instruction that does the work; or FMA."""
+
+
 def _kernel(isa: str, p: Problem) -> str:
-    """Its name in reports: the instructions that do the work."""
-    if isa == "avx2":
-        return "C++ AVX2 " + (("VPMADDWD" if p.bits == 8 else "VPMADDUBSW") if p.dynamic else "FMA")
-    return "C++ AVX512 " + ("VNNI" if p.dynamic else "BF16" if p.x.get_dtype() == torch.bfloat16 else "FMA")
+    """Its name in reports."""
+    return f"C++ {isa.upper()} {KERNELS[isa, p.dynamic].get(p.bits if p.dynamic else p.x.get_dtype(), 'FMA')}"
 
 
 def _cast(ctype: str, name: str, node: Any) -> str:
