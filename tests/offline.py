@@ -255,8 +255,8 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
         return render_module.render(op, tensors)
 
 
-def crowded(scheme: str, kernel: Kernel, config: Config) -> bool:
-    """Whether the kernel has no such config for the scheme: more zeros than registers."""
-    return ((kernel.template, scheme) == ("int4_fma", "int4wo-32-asym") and config.block_n > 4) or (
+def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
+    """Whether the kernel has no such config for the scheme: more zeros than registers, or more or fewer rows."""
+    return (kernel.template == "int4_gemv" and (m <= 4) != (config.block_m <= 4)) or ((kernel.template, scheme) == ("int4_fma", "int4wo-32-asym") and config.block_n > 4) or (
         (kernel.template, scheme, config.num_warps) == ("int4_gemv", "int4wo-32-asymfloat", 1) and config.block_k > 128
     )

@@ -63,7 +63,7 @@ def _dp4a(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 OPS = {
     "mov.b32": lambda a: a, "mov.b16": lambda a: a, "shr.u32": lambda a, n: a >> n, "shl.b32": lambda a, n: a << n,
-    "and.b32": lambda a, b: a & b, "xor.b32": lambda a, b: a ^ b, "sub.u32": lambda a, b: a - b, "lop3.b32": _lop3,
+    "and.b32": lambda a, b: a & b, "xor.b32": lambda a, b: a ^ b, "sub.u32": lambda a, b: a - b, "mul.lo.s32": lambda a, b: a * b, "lop3.b32": _lop3,
     "fma.rn.bf16x2": _fma_bf16x2, "fma.rn.f32": _fma_f32, "prmt.b32": _prmt, "dp4a.s32.s32": _dp4a,
 }
 

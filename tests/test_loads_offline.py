@@ -15,12 +15,12 @@ if torch.cuda.is_available():
 
 import offline
 
-from aoquant_inductor.templates import Config, Kernel, gemv, int4, linear
+from aoquant_inductor.templates import Config, Kernel, gemv, int4, int4_few, linear
 
 
 @pytest.mark.parametrize(("scheme", "kernel", "config", "loads"), [
-    ("int4wo-32", int4.FMA, int4.FMA_HALF, {"v4.b32"}), ("int4wo-32-asym", int4.FMA, int4.FMA_HALF, {"v4.b32"}),
-    ("int4wo-32", int4.GEMV_GROUPS, int4.GEMV_PAIR, {"v4.b32"}), ("int4wo-64", int4.GEMV_GROUPS, int4.GEMV_PAIR, {"v2.b32"}),
+    ("int4wo-32", int4_few.FMA, int4_few.FMA_HALF, {"v4.b32"}), ("int4wo-32-asym", int4_few.FMA, int4_few.FMA_HALF, {"v4.b32"}),
+    ("int4wo-32", int4_few.GEMV_GROUPS, int4_few.GEMV_TWO_PAIR, {"v4.b32"}), ("int4wo-64", int4_few.GEMV_GROUPS, int4_few.GEMV_TWO_PAIR, {"v2.b32"}),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_the_scales_of_a_chunk_are_one_load(scheme: str, kernel: Kernel, config: Config, loads: set[str], tmp_path: Path) -> None:
     rendered = offline.render(scheme, 1, 256, 4096, torch.bfloat16, bias=False, config=(kernel, config))
@@ -33,13 +33,26 @@ def test_the_scales_of_a_chunk_are_one_load(scheme: str, kernel: Kernel, config:
 @pytest.mark.parametrize("scheme", ["int4wo-128-asym", "int4wo-32"])
 def test_one_tokens_weights_are_on_their_way_before_x(scheme: str, rows: int, tmp_path: Path) -> None:
     """All of K at once, 16 bytes a load; then x, of which nothing moves between warps."""
-    rendered = offline.render(scheme, 1, 256, 4096, torch.bfloat16, bias=False, config=(int4.FMA, replace(int4.FMA_FULL, block_n=rows)))
+    rendered = offline.render(scheme, 1, 256, 4096, torch.bfloat16, bias=False, config=(int4_few.FMA, replace(int4_few.FMA_FULL, block_n=rows)))
     built = offline.assemble(rendered.code, tmp_path)
     ptx = str(built.asm["ptx"])
     loads = re.findall(r"ld\.global\.L1::(evict_\w+)\S*\.v4\.b32|(bar\.sync)", ptx[: ptx.index("fma.rn.f32")])
     assert [a or b for a, b in loads] == ["evict_first"] * rows + ["bar.sync"] + ["evict_last"] * 4, loads
     assert ptx.index("evict_first") < max(m.start() for m in re.finditer(r"ld\.global\.(?:v\d\.)?b", ptx)) < ptx.index("bar.sync"), "scales"
     assert built.metadata.shared <= 4096
+
+
+@pytest.mark.parametrize(("scheme", "m"), [("int4wo-128", 1), ("int4wo-128", 3), ("int4wo-32", 1)])
+def test_few_tokens_move_nothing_between_threads_but_sums(scheme: str, m: int, tmp_path: Path) -> None:
+    """Columns of the tensor core that are parts of K: of x a thread loads two words for a token and a chunk, which nobody else has."""
+    kernel = int4_few.GEMV if scheme == "int4wo-128" else int4_few.GEMV_GROUPS
+    rendered = offline.render(scheme, m, 256, 4096, torch.bfloat16, bias=False, config=(kernel, int4_few.GEMV_ALL))
+    ptx = str(offline.assemble(rendered.code, tmp_path).asm["ptx"])
+    before = ptx[: [at.start() for at in re.finditer("mma.sync", ptx)][-1]]
+    assert not re.search(r"bar\.sync|st\.shared|shfl", before)
+    steps = 2
+    assert len(re.findall(r"evict_last\S*\.b32", before)) == steps * 2 * (1 if m == 1 else 4)
+    assert len(re.findall(r"evict_first\S*\.v4\.b32", before)) == steps * 2
 
 
 @pytest.mark.parametrize("k", [4096, 14336])

@@ -23,7 +23,7 @@ import offline
 from aoquant_inductor import card
 from aoquant_inductor._inductor_choices import EARLY
 from aoquant_inductor._inductor_reduction import warps
-from aoquant_inductor.templates import Config, Kernel, gemv, int4, linear
+from aoquant_inductor.templates import Config, Kernel, gemv, int4, int4_few, linear
 
 INT8 = {80: "m16n8k32.*s32.s8.s8", 90: "(wgmma.*|m16n8k32.*)s32.s8.s8", 100: "(tcgen05.mma.*|m16n8k32.*s32.s8.s8)"}
 BF16 = {80: "m16n8k16.*f32.bf16.bf16", 90: "(wgmma.*|m16n8k16.*)f32.bf16.bf16", 100: "(tcgen05.mma.*kind::f16|m16n8k16.*bf16.bf16)"}
@@ -59,11 +59,11 @@ def distinct(kernel: Kernel) -> list[Config]:
 
 FAST = (
     ("int8dq", 256, linear.INT8_DYNAMIC), ("int8dq", 256, linear.PERSISTENT), ("int8dq-asymact", 256, linear.PERSISTENT), ("int8wo", 256, linear.INT8_WEIGHT_ONLY), ("int8wo", 1, gemv.KERNEL), ("int8wo", 3, gemv.KERNEL),
-    ("int4wo-128", 1, int4.GEMV), ("int4wo-128", 1, int4.FMA), ("int4wo-32", 1, int4.FMA),
-    ("int4wo-32-asym", 1, int4.FMA), ("int4wo-128-asym", 1, int4.GEMV), ("int4wo-128-asymfloat", 1, int4.GEMV_FLOAT), ("int4wo-64", 1, int4.GEMV_GROUPS), ("int4wo-32-asym", 1, int4.GEMV_GROUPS), ("int4wo-32-asymfloat", 1, int4.GEMV_GROUPS), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
+    ("int4wo-128", 1, int4_few.GEMV), ("int4wo-128", 4, int4_few.GEMV), ("int4wo-128", 8, int4_few.GEMV), ("int4wo-row-asym", 2, int4_few.GEMV), ("int4wo-32", 1, int4_few.GEMV_GROUPS), ("int4wo-32-asym", 3, int4_few.GEMV_GROUPS_ZERO), ("int4wo-128", 1, int4_few.FMA), ("int4wo-32", 1, int4_few.FMA),
+    ("int4wo-32-asym", 1, int4_few.FMA), ("int4wo-128-asym", 1, int4_few.GEMV), ("int4wo-128-asymfloat", 1, int4_few.GEMV_FLOAT), ("int4wo-64", 8, int4_few.GEMV_GROUPS), ("int4wo-32-asym", 1, int4_few.GEMV_GROUPS_ZERO), ("int4wo-32-asym", 8, int4_few.GEMV_GROUPS_ZERO), ("int4wo-32-asymfloat", 1, int4_few.GEMV_GROUPS_ZERO), ("int4wo-32-asymfloat", 8, int4_few.GEMV_GROUPS_ZERO), ("int4wo-128-asym", 256, int4.SUMS), ("int4wo-32", 256, int4.ONE_SUM),
     ("int4wo-row", 256, int4.ONE_SUM), ("int8dq-int4w", 256, int4.DYNAMIC_ROW), ("int8dq-int4w-128", 256, int4.DYNAMIC_GROUPS),
 )
-CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried and not offline.crowded(scheme, kernel, config)]
+CONFIGS = [(scheme, m, kernel, config) for scheme, m, kernel in FAST for config in distinct(kernel) if not config.carried and not offline.crowded(scheme, m, kernel, config)]
 CONFIGS += [("int8wo-128", 64, linear.INT8_WEIGHT_ONLY, config) for config in (linear.W16, linear.W64_WIDE, linear.W128)]
 
 
@@ -167,8 +167,8 @@ FEW_ROWS = [("int8wo", "float16", 1, 70, 1024), ("int8wo", "bfloat16", 1, 70, 10
             # several steps of which the last ends beyond K, in either order; a group for every two threads; rows of three
             ("int8wo", "bfloat16", 1, 33, 4864), ("int8wo", "float16", 1, 33, 2320), ("int8wo-32", "float16", 2, 33, 4112), ("int8wo-64", "bfloat16", 3, 20, 4864)]
 INT4 = [
-    ("int4wo-128", 3, 40, 400, None), ("int4wo-128", 3, 40, 400, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 2, 40, 1100, "(int4.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
-    ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-row-asym", 3, 33, 300, "(int4.GEMV, int4.GEMV_WIDE)"), ("int4wo-128-asym", 20, 70, 400, None),
+    ("int4wo-128", 3, 40, 400, None), ("int4wo-128", 6, 40, 400, "(int4_few.GEMV, int4_few.GEMV_WIDE)"), ("int4wo-128-asym", 2, 40, 1100, "(int4_few.GEMV, Config(8, 16, 256, 1, 1, split_k=2))"),
+    ("int4wo-256-asymfloat", 4, 40, 600, None), ("int4wo-row-asym", 3, 33, 300, None), ("int4wo-row-asym", 3, 33, 300, "(int4_few.GEMV, int4_few.GEMV_WIDE)"), ("int4wo-128-asym", 20, 70, 400, None),
     ("int4wo-128", 20, 70, 1100, "(int4.SUMS, Config(16, 64, 256, 4, 3, split_k=2))"), ("int4wo-row-asym", 9, 70, 400, None),
     ("int4wo-32-asym", 20, 70, 400, None), ("int4wo-64-asymfloat", 5, 70, 400, None),
     ("int4wo-128-asym", 50, 70, 1100, "(int4.SUMS, Config(64, 64, 128, 4, 3, split_k=4))"),
@@ -192,18 +192,24 @@ INT4 += [
     ("int8dq-int4w-128-asym", 200, 1290, 260, "(int4.DYNAMIC_GROUPS, Config(32, 64, 128, 4, 3, programs=1))"),
 ]
 INT4 += [
-    ("int4wo-128", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1))"),
-    ("int4wo-32", 1, 64, 1100, "(int4.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-row-asym", 1, 70, 1100, "(int4.FMA, Config(1, 16, 1024, 1, 1))"),
-    ("int4wo-32-asym", 1, 64, 1100, "(int4.FMA, Config(1, 4, 1024, 1, 1))"), ("int4wo-64-asymfloat", 1, 48, 2048, "(int4.FMA, Config(1, 4, 2048, 2, 1))"),
-    ("int4wo-64", 3, 96, 1100, "(int4.GEMV_GROUPS, int4.GEMV_PAIR)"), ("int4wo-32-asym", 4, 40, 1100, "(int4.GEMV_GROUPS, int4.GEMV_WIDE)"),
-    ("int4wo-32-asymfloat", 2, 40, 1100, "(int4.GEMV_GROUPS, int4.GEMV_SHORT)"),
-    ("int4wo-64", 1, 48, 2048, "(int4.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
-    ("int4wo-row", 1, 64, 2048, "(int4.FMA, Config(1, 8, 2048, 2, 1))"),
+    ("int4wo-128", 1, 64, 1100, "(int4_few.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-128-asym", 1, 70, 1100, "(int4_few.FMA, Config(1, 16, 1024, 1, 1))"),
+    ("int4wo-32", 1, 64, 1100, "(int4_few.FMA, Config(1, 8, 1024, 1, 1))"), ("int4wo-row-asym", 1, 70, 1100, "(int4_few.FMA, Config(1, 16, 1024, 1, 1))"),
+    ("int4wo-32-asym", 1, 64, 1100, "(int4_few.FMA, Config(1, 4, 1024, 1, 1))"), ("int4wo-64-asymfloat", 1, 48, 2048, "(int4_few.FMA, Config(1, 4, 2048, 2, 1))"),
+    ("int4wo-64", 3, 96, 1100, "(int4_few.GEMV_GROUPS, int4_few.GEMV_PAIR)"), ("int4wo-32-asym", 4, 40, 1100, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_WIDE)"),
+    ("int4wo-32-asymfloat", 2, 40, 1100, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_SHORT)"),
+    # columns of the tensor core that are parts of K: one token, two, three and four; a last step beyond the end of K
+    ("int4wo-128", 1, 40, 1104, "(int4_few.GEMV, int4_few.GEMV_EIGHT)"), ("int4wo-128-asym", 3, 40, 2064, "(int4_few.GEMV, int4_few.GEMV_ALL)"),
+    ("int4wo-row-asym", 2, 33, 1040, "(int4_few.GEMV, int4_few.GEMV_TWO)"), ("int4wo-row", 4, 33, 1024, "(int4_few.GEMV, int4_few.GEMV_FOUR_SHORT)"),
+    ("int4wo-64", 4, 96, 1104, "(int4_few.GEMV_GROUPS, int4_few.GEMV_TWO_PAIR)"), ("int4wo-32", 1, 48, 2048, "(int4_few.GEMV_GROUPS, int4_few.GEMV_FOUR)"),
+    ("int4wo-32-asym", 2, 40, 2064, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_FOUR)"), ("int4wo-32-asymfloat", 3, 40, 1104, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_EIGHT)"),
+    ("int4wo-256-asymfloat", 1, 40, 2064, "(int4_few.GEMV_FLOAT, int4_few.GEMV_ALL)"), ("int4wo-256-asym", 4, 70, 4864, "(int4_few.GEMV, int4_few.GEMV_ALL_PAIR)"),
+    ("int4wo-64", 1, 48, 2048, "(int4_few.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4_few.FMA, Config(1, 8, 2048, 2, 1))"),
+    ("int4wo-row", 1, 64, 2048, "(int4_few.FMA, Config(1, 8, 2048, 2, 1))"),
     # rows that no block divides; several steps or parts, of which the last ends beyond K; x in words, or an element at a time
-    ("int4wo-128", 1, 33, 4864, "(int4.FMA, int4.FMA_HALF)"), ("int4wo-row-asym", 1, 37, 4864, "(int4.FMA, int4.FMA_SHORT)"),
-    ("int4wo-256-asym", 1, 70, 5000, "(int4.FMA, Config(1, 8, 4096, 4, 1))"), ("int4wo-32-asymfloat", 1, 33, 4864, "(int4.FMA, int4.FMA_FULL)"),
-    ("int4wo-64-asym", 1, 33, 896, "(int4.FMA, int4.FMA_SHORT)"), ("int4wo-128", 1, 33, 3001, "(int4.FMA, int4.FMA_SHORT)"),
-    ("int4wo-128-asym", 1, 33, 4864, "(int4.FMA, int4.FMA_LONG)"), ("int4wo-row-asym", 1, 33, 4101, "(int4.FMA, int4.FMA_FULL)"),
+    ("int4wo-128", 1, 33, 4864, "(int4_few.FMA, int4_few.FMA_HALF)"), ("int4wo-row-asym", 1, 37, 4864, "(int4_few.FMA, int4_few.FMA_SHORT)"),
+    ("int4wo-256-asym", 1, 70, 5000, "(int4_few.FMA, Config(1, 8, 4096, 4, 1))"), ("int4wo-32-asymfloat", 1, 33, 4864, "(int4_few.FMA, int4_few.FMA_FULL)"),
+    ("int4wo-64-asym", 1, 33, 896, "(int4_few.FMA, int4_few.FMA_SHORT)"), ("int4wo-128", 1, 33, 3001, "(int4_few.FMA, int4_few.FMA_SHORT)"),
+    ("int4wo-128-asym", 1, 33, 4864, "(int4_few.FMA, int4_few.FMA_LONG)"), ("int4wo-row-asym", 1, 33, 4101, "(int4_few.FMA, int4_few.FMA_FULL)"),
     ("int4wo-128", 40, 70, 1104, "(int4.SUMS, Config(32, 64, 128, 4, 3, tma=True))"),
     ("int4wo-row-asym", 40, 70, 400, "(int4.ONE_SUM, Config(32, 64, 128, 4, 3, split_k=2, tma=True))"),
 ]
@@ -231,7 +237,7 @@ import pathlib, torch, offline, ptx
 ptx.teach()
 from aoquant_inductor import card, lowering_triton
 from aoquant_inductor._inductor_choices import COUNTERS
-from aoquant_inductor.templates import Config, int4, linear
+from aoquant_inductor.templates import Config, int4, int4_few, linear
 for scheme, dtype, m, n, k, config in {cases!r}:
     torch.manual_seed(0)  # what one case draws is nothing to the others
     r = offline.render(scheme, m, n, k, getattr(torch, dtype), config=eval(config))

@@ -5,10 +5,10 @@ A new kernel is those two files and its place in KERNELS: the order in which def
 
 from __future__ import annotations
 
-from aoquant_inductor.templates import gemv, int4, int4_gemv_dynamic, linear
+from aoquant_inductor.templates import gemv, int4, int4_few, int4_gemv_dynamic, linear
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
-KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, *int4.KERNELS, *linear.KERNELS)
+KERNELS: tuple[Kernel, ...] = (gemv.KERNEL, *int4_few.KERNELS, *int4.KERNELS, *linear.KERNELS)
 QUANTIZING: tuple[Kernel, ...] = (gemv.DYNAMIC, int4_gemv_dynamic.KERNEL)
 """Those that quantize x themselves; none fits all."""
 

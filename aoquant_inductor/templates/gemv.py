@@ -69,7 +69,7 @@ def _shared_keywords(p: Problem, config: Config) -> dict[str, Any]:
     parts, steps = _split(p, config)
     return {
         "ROWS": ir.static(p.m), "BFLOAT16": p.x.get_dtype() == torch.bfloat16, "PARTS": parts, "STEPS": steps,
-        "WHOLE_PARTS": p.k // config.block_k, "EVEN_N": p.n % config.block_n == 0,
+        "WHOLE_PARTS": p.k // config.block_k,
     }
 
 

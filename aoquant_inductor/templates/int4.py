@@ -5,17 +5,14 @@ A wide weight has tiles for every multiprocessor; a narrower one splits K until 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import packing_cuda
-from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Kernel
 
 SCALED = (("SCALED", True),)
 
@@ -31,93 +28,21 @@ def keywords(p: Problem, config: Config) -> dict[str, Any]:
     }
 
 
-def _small_groups(p: Problem) -> bool:
+def small_groups(p: Problem) -> bool:
     """Several in a chunk of K, whose scales lie as packing_cuda.lay_groups."""
     return p.groups > 1 and p.group_size < packing_cuda.CHUNK
 
 
-def _gemv_adapt(p: Problem, config: Config) -> Config | None:
-    n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
-    # a float zero for every word does not fit beside two chunks of a single warp's
-    zeros = _small_groups(p) and _float_zeros(p)
-    full = zeros and config.num_warps == 1 and config.block_k > packing_cuda.CHUNK
-    return None if n_pad % config.block_n or k_pad < config.block_k or full else config
-
-
-GEMV_WIDE, GEMV_PAIR = Config(8, 16, 256, 2, 1), Config(8, 32, 256, 2, 1)
-GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
-GEMV_SHORT = Config(8, 16, 128, 1, 1)
-
-
-def _float_zeros(p: Problem) -> bool:
+def float_zeros(p: Problem) -> bool:
     """A zero off the grid for each of several groups."""
     return p.groups > 1 and p.zero is not None and p.zero_point == "float"
-
-
-def _gemv(wanted: Callable[[Problem], bool], *defaults: Default) -> Kernel:
-    def fits(p: Problem, card: Card) -> bool:
-        m = ir.static(p.m)
-        return p.layout == "cuda_bf16" and m is not None and m <= 8 and wanted(p)
-
-    configs = (
-        GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
-        Config(8, 16, 1024, 4, 1, split_k=4 * FILL), replace(GEMV_PAIR, split_k=8 * FILL), GEMV_SHORT,
-    )
-    return Kernel("int4_gemv", fits, configs, keywords, _gemv_adapt, defaults)
-
-
-# Two to four tokens (H200): with enough tiles 32 rows at once are 2 us ahead of int4_linear; a split of K is .5 us behind it.
-FEW_TOKENS = (Default(GEMV_PAIR, upto=4, waves=3), Default(GEMV_FULL, upto=1), Default(GEMV_SHORT, upto=1))
-LM_HEAD = Default(GEMV_SHORT, upto=4, waves=40)
-GEMV = _gemv(lambda p: not _small_groups(p) and not _float_zeros(p), LM_HEAD, Default(GEMV_WIDE, upto=1, waves=6), *FEW_TOKENS)
-GEMV_GROUPS = _gemv(_small_groups, *FEW_TOKENS)
-# int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums
-GEMV_FLOAT = _gemv(
-    lambda p: not _small_groups(p) and _float_zeros(p),
-    LM_HEAD, Default(GEMV_WIDE, upto=4, waves=6), Default(GEMV_FULL, upto=4), Default(GEMV_SHORT, upto=4),
-)
-
-
-def _fma_fits(p: Problem, card: Card) -> bool:
-    return p.layout == "cuda_bf16" and ir.static(p.m) == 1
-
-
-def _fma_adapt(p: Problem, config: Config) -> Config | None:
-    _, k_pad = packing_cuda.padded_shape(p.n, p.k)
-    # a scale and a zero for every word of a row: not for so many rows
-    crowded = config.block_n > 4 and p.zero is not None and _small_groups(p)
-    return None if 2 * k_pad <= config.block_k or crowded else config
-
-
-def _fma_keywords(p: Problem, config: Config) -> dict[str, Any]:
-    parts = -(-p.k // config.block_k)
-    # two parts of four rows at once are as much as registers hold beside x; in a loop zeros of groups are more
-    crowded = config.block_n > 4 or (parts > 2 and p.groups > 1 and p.zero is not None)
-    each = 1 if crowded else min(parts, 2)
-    return keywords(p, config) | {"WORDS": p.by_tma, "PARTS": each, "STEPS": -(-parts // each)}
-
-
-# One token and a small weight, where the others split K: .5 to 2 us faster (H200), and slower where the weight is larger.
-SMALL = 1 << 25
-OF_A_WARP = 1024  # of K: a thread has 32, so that x moves between none but those of a chunk
-FMA_FULL, FMA_HALF, FMA_SHORT, FMA_LONG = (Config(1, 4, OF_A_WARP * warps, warps, 1) for warps in (4, 2, 1, 8))
-FMA_MANY = replace(FMA_HALF, block_n=8)
-FMA = Kernel(
-    "int4_fma", _fma_fits, (FMA_FULL, replace(FMA_FULL, block_n=8), FMA_HALF, FMA_MANY, FMA_SHORT, FMA_LONG),
-    _fma_keywords, _fma_adapt,
-    (
-        Default(FMA_LONG, upto=1, k=4097, elements=SMALL), Default(FMA_MANY, upto=1, k=4096, waves=5, elements=SMALL),
-        Default(FMA_FULL, upto=1, k=4096, elements=SMALL), Default(FMA_HALF, upto=1, k=1025, elements=SMALL),
-        Default(FMA_SHORT, upto=1, elements=SMALL),
-    ),
-)
 
 
 def _one_sum(p: Problem) -> bool:
     """Whether all groups are summed up in one accumulator: there is one, or their scales cannot wait for the sum over a group,
     which is smaller than a dot, or has a zero off the grid.
     """
-    return p.groups == 1 or _small_groups(p) or _float_zeros(p)
+    return p.groups == 1 or small_groups(p) or float_zeros(p)
 
 
 def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
@@ -209,4 +134,4 @@ DYNAMIC_GROUPS = _dynamic(
     ),
     "W4A8 groups",
 )
-KERNELS = (FMA, GEMV, GEMV_GROUPS, GEMV_FLOAT, SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)
+KERNELS = (SUMS, ONE_SUM, DYNAMIC_ROW, DYNAMIC_GROUPS)

@@ -11,7 +11,7 @@ from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import packing_cuda
 from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates import int4
+from aoquant_inductor.templates import int4, int4_few
 from aoquant_inductor.templates.gemv import MOST_ROWS
 from aoquant_inductor.templates.kernel import Config, Default, Kernel
 
@@ -28,13 +28,13 @@ def _fits(p: Problem, card: Card) -> bool:
 def _adapt(p: Problem, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
-    warps = min(config.num_warps, max(1, k // int4.OF_A_WARP))
+    warps = min(config.num_warps, max(1, k // int4_few.OF_A_WARP))
     # a thread loads eight scales at once: of more rows they would be another's
     most = 16 if p.groups == 1 and p.m == 1 else 8
     if int(p.m) > 2 and (warps < 4 or (p.groups > 1 and p.zero is not None and not p.symmetric)):
         most = 4  # more would not stay in registers, with zeros of both sides for every group
     return replace(
-        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * int4.OF_A_WARP,
+        config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * int4_few.OF_A_WARP,
         num_warps=warps,
     )
 
@@ -51,7 +51,7 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
 
 
 CONFIGS = tuple(
-    Config(MOST_ROWS, n, warps * int4.OF_A_WARP, warps, 1)
+    Config(MOST_ROWS, n, warps * int4_few.OF_A_WARP, warps, 1)
     for n, warps in ((8, 4), (8, 8), (4, 4), (4, 8), (16, 4), (8, 2), (4, 2))
 )
 FOUR_WARPS, EIGHT_WARPS, TWO_WARPS = CONFIGS[0], CONFIGS[1], CONFIGS[5]

@@ -196,7 +196,8 @@ class Kernel:
         most = ir.most_rows(p.m)
         # a range of M is said by its largest, which most calls are below
         few = most is not None and (most < config.block_m or (most == config.block_m and ir.static(p.m) is None))
-        keywords = {**common_keywords(p), "FEW": few, **self.keywords(p, config), **config.keywords()}
+        tiles = {"FEW": few, "ONE_HIGH": most is not None and most <= config.block_m, "EVEN_N": p.n % config.block_n == 0}
+        keywords = {**common_keywords(p), **tiles, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
             scratch = 4 * config.split_k * config.rest(most or 0, p.n) * config.block_m * config.block_n

@@ -11,19 +11,20 @@ import torch
 from aoquant_inductor import packing
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import QUANTIZING, Config, Kernel, int4, int4_gemv_dynamic
+from aoquant_inductor.templates import QUANTIZING, Config, Kernel, int4, int4_few, int4_gemv_dynamic
 from benchmarks import render
 
 pytestmark = pytest.mark.gpu
 
 SCHEMES_OF = {
-    int4.FMA: (
+    int4_few.FMA: (
         "int4wo-128", "int4wo-32", "int4wo-64", "int4wo-256-asym", "int4wo-row-asym", "int4wo-128-asymfloat", "int4wo-32-asym",
         "int4wo-64-asymfloat",
     ),
-    int4.GEMV: ("int4wo-128", "int4wo-256-asym", "int4wo-row", "int4wo-row-asym"),
-    int4.GEMV_FLOAT: ("int4wo-128-asymfloat",),
-    int4.GEMV_GROUPS: ("int4wo-32", "int4wo-32-asym", "int4wo-64-asym", "int4wo-32-asymfloat"),
+    int4_few.GEMV: ("int4wo-128", "int4wo-256-asym", "int4wo-row", "int4wo-row-asym"),
+    int4_few.GEMV_FLOAT: ("int4wo-128-asymfloat",),
+    int4_few.GEMV_GROUPS: ("int4wo-32", "int4wo-64"),
+    int4_few.GEMV_GROUPS_ZERO: ("int4wo-32-asym", "int4wo-64-asym", "int4wo-32-asymfloat"),
     int4.SUMS: ("int4wo-128", "int4wo-128-asym", "int4wo-256"),
     int4.ONE_SUM: ("int4wo-32-asym", "int4wo-64", "int4wo-row-asym", "int4wo-128-asymfloat"),
     int4.DYNAMIC_ROW: ("int8dq-int4w", "int8dq-int4w-asym-asymact"),
@@ -80,6 +81,8 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
 @pytest.mark.parametrize(("scheme", "kernel", "config"), CASES, ids=lambda v: str(v) if isinstance(v, Config) else getattr(v, "template", v))
 def test_integers_are_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     sizes = [(max(1, min(config.block_m, 5 if kernel.template == "int4_gemv" else config.block_m) - 1), 203, 4100), (config.block_m, 512, 4096)]
+    if kernel.template == "int4_gemv" and config.block_m <= int4_few.FEW:
+        sizes = [(m, n, k) for m in (1, 2, 3, 4) for n, k in ((203, 4104), (512, 4096), (96, 14336))]
     if kernel in QUANTIZING:
         sizes = [(m, n, k) for m in (1, 2, 3, 4) for n, k in ((203, 4104), (512, 4096), (48, 200), (96, 14336))]
     sizes += [(2051, 4231, 1040)] if config.programs else []  # tiles enough for programs that each have several

@@ -1,0 +1,136 @@
+"""int4_gemv.py.jinja and int4_fma.py.jinja: int4 weights with bf16 activations on CUDA for a few tokens, over "cuda_bf16"."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from aoquant_inductor import _inductor_ir as ir
+from aoquant_inductor import packing_cuda
+from aoquant_inductor.card import Card
+from aoquant_inductor.problem import Problem
+from aoquant_inductor.templates.int4 import float_zeros, keywords, small_groups
+from aoquant_inductor.templates.kernel import FILL, Config, Default, Kernel
+
+
+@functools.cache
+def _orders() -> dict[str, bool]:
+    """In what order this Triton gives threads what they load, and K of a dot's operands (int4_gemv.py.jinja)."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return {"LAST_FIRST": version >= (3, 7), "BY_TWO": version >= (3, 8)}
+
+
+FEW = 4  # tokens for which the columns of the tensor core that they leave are parts of K
+
+
+def _gemv_adapt(p: Problem, config: Config) -> Config | None:
+    n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
+    m = ir.static(p.m) or FEW + 1
+    # x is then read in words; eight columns of tokens would read it 4 to 16 times as often
+    if (config.block_m <= FEW) != (m <= FEW and p.by_tma) or m > config.block_m:
+        return None
+    # a float zero for every word does not fit beside two chunks of a single warp's
+    zeros = small_groups(p) and float_zeros(p)
+    full = zeros and config.num_warps == 1 and config.block_k > packing_cuda.CHUNK
+    if n_pad % config.block_n or k_pad < config.block_k or full:
+        return None
+    return replace(config, block_m=1 << (m - 1).bit_length()) if m <= FEW and p.by_tma else config
+
+
+# In the order of the tiles that a multiprocessor gets: of narrow weights all is asked for at once
+GEMV_ALL, GEMV_ALL_PAIR = Config(FEW, 16, 2048, 16, 1), Config(FEW, 32, 2048, 16, 1)
+GEMV_EIGHT = Config(FEW, 16, 1024, 8, 1)
+GEMV_FOUR, GEMV_FOUR_SHORT = Config(FEW, 16, 2048, 4, 1), Config(FEW, 16, 1024, 4, 1)
+GEMV_TWO, GEMV_TWO_PAIR = Config(FEW, 16, 256, 2, 1), Config(FEW, 32, 256, 2, 1)
+# for tokens that fill the columns, and for x that is not read in words
+GEMV_WIDE, GEMV_PAIR = Config(8, 16, 256, 2, 1), Config(8, 32, 256, 2, 1)
+GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
+GEMV_SHORT = Config(8, 16, 128, 1, 1)
+
+
+def _gemv_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    return keywords(p, config) | _orders()
+
+
+def _gemv(wanted: Callable[[Problem], bool], *defaults: Default) -> Kernel:
+    def fits(p: Problem, card: Card) -> bool:
+        m = ir.static(p.m)
+        return p.layout == "cuda_bf16" and m is not None and m <= 8 and wanted(p)
+
+    configs = (
+        GEMV_ALL, GEMV_ALL_PAIR, GEMV_EIGHT, GEMV_FOUR, GEMV_FOUR_SHORT, GEMV_TWO, GEMV_TWO_PAIR,
+        GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
+        Config(8, 16, 1024, 4, 1, split_k=4 * FILL), replace(GEMV_PAIR, split_k=8 * FILL), GEMV_SHORT,
+    )
+    return Kernel("int4_gemv", fits, configs, _gemv_keywords, _gemv_adapt, defaults)
+
+
+# One to four tokens (H200): 4.6 to 5.4 us at 4096x4096, where columns of tokens alone and a split of K took 5.8 to 7.
+NARROW = (
+    Default(GEMV_EIGHT, upto=4, waves=2), Default(GEMV_ALL, upto=2, k=2048), Default(GEMV_EIGHT, upto=4, waves=1),
+    Default(GEMV_ALL, upto=4, k=2048), Default(GEMV_EIGHT, upto=4, k=1024), Default(GEMV_TWO, upto=4),
+)
+# x in single elements: with enough tiles 32 rows at once are 2 us ahead of int4_linear; a split of K is .5 us behind it.
+BY_ELEMENT = (Default(GEMV_PAIR, upto=4, waves=3), Default(GEMV_FULL, upto=1), Default(GEMV_SHORT, upto=1))
+GEMV = _gemv(
+    lambda p: not small_groups(p) and not float_zeros(p),
+    Default(GEMV_TWO, upto=4, waves=6), Default(GEMV_ALL, upto=4, k=8193), *NARROW,
+    Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=1, waves=6), *BY_ELEMENT,
+)
+GEMV_GROUPS = _gemv(
+    lambda p: small_groups(p) and p.zero is None,
+    Default(GEMV_FOUR_SHORT, upto=1, waves=6), Default(GEMV_TWO_PAIR, upto=4, waves=3), Default(GEMV_ALL_PAIR, upto=4, k=8193),
+    *NARROW, *BY_ELEMENT,
+)
+GEMV_GROUPS_ZERO = _gemv(
+    lambda p: small_groups(p) and p.zero is not None,
+    Default(GEMV_ALL_PAIR, upto=4, k=8193), Default(GEMV_FOUR, upto=1, k=2048, waves=1),
+    Default(GEMV_TWO_PAIR, upto=4, waves=3), *NARROW, *BY_ELEMENT,
+)
+# int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums
+GEMV_FLOAT = _gemv(
+    lambda p: not small_groups(p) and float_zeros(p),
+    Default(GEMV_TWO, upto=4, waves=6), Default(GEMV_ALL, upto=4, k=8193), *NARROW,
+    Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6),
+    Default(GEMV_FULL, upto=4), Default(GEMV_SHORT, upto=4),
+)
+
+
+def _fma_fits(p: Problem, card: Card) -> bool:
+    return p.layout == "cuda_bf16" and ir.static(p.m) == 1
+
+
+def _fma_adapt(p: Problem, config: Config) -> Config | None:
+    _, k_pad = packing_cuda.padded_shape(p.n, p.k)
+    # a scale and a zero for every word of a row: not for so many rows
+    crowded = config.block_n > 4 and p.zero is not None and small_groups(p)
+    return None if 2 * k_pad <= config.block_k or crowded else config
+
+
+def _fma_keywords(p: Problem, config: Config) -> dict[str, Any]:
+    parts = -(-p.k // config.block_k)
+    # two parts of four rows at once are as much as registers hold beside x; in a loop zeros of groups are more
+    crowded = config.block_n > 4 or (parts > 2 and p.groups > 1 and p.zero is not None)
+    each = 1 if crowded else min(parts, 2)
+    return keywords(p, config) | {"WORDS": p.by_tma, "PARTS": each, "STEPS": -(-parts // each)}
+
+
+# One token and a weight with fewer tiles of 16 rows than there are multiprocessors: .4 to .8 us faster (H200).
+SMALL = 1 << 23
+OF_A_WARP = 1024  # of K: a thread has 32, so that x moves between none but those of a chunk
+FMA_FULL, FMA_HALF, FMA_SHORT, FMA_LONG = (Config(1, 4, OF_A_WARP * warps, warps, 1) for warps in (4, 2, 1, 8))
+FMA_MANY = replace(FMA_HALF, block_n=8)
+FMA = Kernel(
+    "int4_fma", _fma_fits, (FMA_FULL, replace(FMA_FULL, block_n=8), FMA_HALF, FMA_MANY, FMA_SHORT, FMA_LONG),
+    _fma_keywords, _fma_adapt,
+    (
+        Default(FMA_LONG, upto=1, k=4097, elements=SMALL),
+        Default(FMA_FULL, upto=1, k=4096, elements=SMALL), Default(FMA_HALF, upto=1, k=1025, elements=SMALL),
+        Default(FMA_SHORT, upto=1, elements=SMALL),
+    ),
+)
+KERNELS = (FMA, GEMV, GEMV_GROUPS, GEMV_GROUPS_ZERO, GEMV_FLOAT)
