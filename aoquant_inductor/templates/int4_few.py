@@ -56,7 +56,7 @@ def _gemv_keywords(p: Problem, config: Config) -> dict[str, Any]:
     return keywords(p, config) | _orders()
 
 
-def _gemv(wanted: Callable[[Problem], bool], *defaults: Default) -> Kernel:
+def _gemv(wanted: Callable[[Problem], bool], *defaults: Default, without: tuple[Config, ...] = ()) -> Kernel:
     def fits(p: Problem, card: Card) -> bool:
         m = ir.static(p.m)
         return p.layout == "cuda_bf16" and m is not None and m <= 8 and wanted(p)
@@ -66,7 +66,8 @@ def _gemv(wanted: Callable[[Problem], bool], *defaults: Default) -> Kernel:
         GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
         Config(8, 16, 1024, 4, 1, split_k=4 * FILL), replace(GEMV_PAIR, split_k=8 * FILL), GEMV_SHORT,
     )
-    return Kernel("int4_gemv", fits, configs, _gemv_keywords, _gemv_adapt, defaults)
+    kept = tuple(config for config in configs if config not in without)
+    return Kernel("int4_gemv", fits, kept, _gemv_keywords, _gemv_adapt, defaults)
 
 
 # One to four tokens (H200): 4.6 to 5.4 us at 4096x4096, where columns of tokens alone and a split of K took 5.8 to 7.
@@ -91,12 +92,14 @@ GEMV_GROUPS_ZERO = _gemv(
     Default(GEMV_ALL_PAIR, upto=4, k=8193), Default(GEMV_FOUR, upto=1, k=2048, waves=1),
     Default(GEMV_TWO_PAIR, upto=4, waves=3), *NARROW, *BY_ELEMENT,
 )
-# int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums
+# int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums. A zero beside each scale makes
+# ptxas spill where a program has two warps.
 GEMV_FLOAT = _gemv(
     lambda p: not small_groups(p) and float_zeros(p),
-    Default(GEMV_TWO, upto=4, waves=6), Default(GEMV_ALL, upto=4, k=8193), *NARROW,
+    Default(GEMV_FOUR_SHORT, upto=4, waves=6), Default(GEMV_ALL, upto=4, k=8193),
+    *(row for row in NARROW if row.config != GEMV_TWO),
     Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=4, waves=6),
-    Default(GEMV_FULL, upto=4), Default(GEMV_SHORT, upto=4),
+    Default(GEMV_FULL, upto=4), Default(GEMV_SHORT, upto=4), without=(GEMV_TWO,),
 )
 
 
