@@ -10,11 +10,22 @@ from pathlib import Path
 
 # A hit in Inductor's graph cache skips our lowerings, and then no test could say which kernel ran.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+# Processes side by side share the cores: more threads, and compilers in processes of their own, would only wait for each other.
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    for variable in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("MLIR_DISABLE_MULTITHREADING", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a source tree without an installed package
 
 import pytest
 import torch
 from util import Graph
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: a process per core, up to four, for each may take 2 GB; none where they would have to share a GPU."""
+    return 0 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,14 +34,14 @@ Properties = collections.namedtuple(
 
 
 @contextlib.contextmanager
-def pretended_gpu(arch: int = 90) -> Iterator[None]:
-    """torch.cuda as a card of compute capability arch // 10, arch % 10."""
+def pretended_gpu(arch: int = 90, sms: int = 132) -> Iterator[None]:
+    """torch.cuda as a card of compute capability arch // 10, arch % 10, with `sms` multiprocessors."""
     from torch._dynamo.device_interface import CudaInterface
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     card = Properties(
-        "pretended", arch // 10, arch % 10, 80 << 30, 132, 32, 2048, 65536, "", 49152, 232448, 50 << 20, "0"
+        "pretended", arch // 10, arch % 10, 80 << 30, sms, 32, 2048, 65536, "", 49152, 232448, 50 << 20, "0"
     )
 
     class Driver:
@@ -103,17 +103,17 @@ def _operands(
 
 def render(
     scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
-    config: tuple[Kernel, Config] | None = None, quantizing: bool = False, start: int = 0,
+    config: tuple[Kernel, Config] | None = None, quantizing: bool = False, start: int = 0, sms: int = 132,
 ) -> Rendered:
     """One linear with real CPU operands and the reference's result; `config`: the kernel and config to take, not the default;
-    `quantizing`: its x is not quantized yet; `start`: where x begins in its storage, in elements.
+    `quantizing`: its x is not quantized yet; `start`: where x begins in its storage, in elements; `sms`: multiprocessors.
     """
     with pretended_gpu(arch):
         call, tensors, _ = _operands(scheme, m, n, k, dtype, bias, quantizing)
     if start:
         of_x, tensors["x"] = call, torch.cat([torch.zeros(start, dtype=dtype), tensors["x"].flatten()])
         call = lambda t: of_x(t | {"x": t["x"].as_strided((m, k), (k, 1), start)})  # noqa: E731
-    with pretended_gpu(arch):
+    with pretended_gpu(arch, sms):
         return render_module.render(call, tensors, config)
 
 

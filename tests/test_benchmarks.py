@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -144,7 +146,35 @@ def test_roofline_is_bytes_for_one_row_and_flops_for_many() -> None:
     assert many.roofline("int8dq") == pytest.approx(many.roofline("int8wo") / 2)
 
 
+@pytest.fixture
+def childless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench_model's children one after the other in this process: ten seconds of a core each to begin, and another test has them."""
+    from benchmarks import bench_model, turns
+
+    def run(commands: Sequence[Sequence[str]], *_: object) -> Iterator[str]:
+        for command in commands:
+            assert command[:3] == [sys.executable, "-m", "benchmarks.bench_model"]
+            torch.compiler.reset()
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert bench_model.main(command[3:]) == 0
+            yield printed.getvalue().splitlines()[-1]
+
+    monkeypatch.setattr(turns, "run", run)
+    monkeypatch.setattr(turns, "wait", lambda: None)
+
+
 def test_models_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import bench_model
+
+    argv = ["--cases", "toy", "--schemes", "int8dq", "--device", "cpu", "--seconds", "0.05", "--json"]
+    assert bench_model.main([*argv, "--results", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["case"], row["scheme"], row["quantized"]) for row in rows] == [("toy", "bf16", ""), ("toy", "int8dq", "2/2")]
+    assert float(rows[1]["error_db"]) > 20
+
+
+@pytest.mark.usefixtures("childless")
+def test_models_whole_and_by_their_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import bench_model
 
     argv = ["--cases", "toy,tiny-dit", "--schemes", "int8dq", "--device", "cpu", "--seconds", "0.05", "--json"]
@@ -178,6 +208,7 @@ def test_a_row_is_the_fastest_of_its_processes(
     assert "toy int8dq: out of memory" in printed.out + printed.err
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_ladder_is_eager_compiled_and_every_rung(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import bench_model, models
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def test_the_backend_is_listed_when_dynamo_came_first() -> None:
     assert out == "True"
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """`patterns.dynamic` -> its syntax tree."""
     files = sorted(PACKAGE.rglob("*.py"))

@@ -20,6 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from util import BF16, INT8, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
 
 import aoquant_inductor
+from aoquant_inductor import watch
 from aoquant_inductor.weights import STORE
 
 
@@ -332,6 +333,7 @@ def test_a_warm_graph_cache_with_other_weights_and_other_schemes(tmp_path: Path)
     """Two processes, one cache: other weights hit it and are right, another scheme misses."""
     from aoquant_inductor._inductor import cache_folder
 
+    watch.settle()  # what is being built, perhaps by another test process, has names that come and go
     shutil.copytree(cache_folder(), tmp_path / "aoquant")  # the check in C++ need not be built again
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     code = CACHED.format(tests=str(Path(__file__).parent))

@@ -138,10 +138,11 @@ CONFIGS = [
 @pytest.mark.parametrize(("scheme", "m", "kernel", "config"), CONFIGS, ids=lambda v: getattr(v, "template", str(v)))
 def test_every_config_compiles_without_spills(scheme: str, m: int, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     dtype = torch.float16 if kernel is gemv.DYNAMIC else torch.bfloat16
-    n, k = (8192, 4096) if config.programs else (256, 14336)  # more tiles than programs
-    rendered = offline.render(scheme, m, n, k, dtype, config=(kernel, config), quantizing=True)
+    n, k, sms = (1240, 4096, 20) if config.programs else (256, 14336, 132)  # more tiles than programs
+    rendered = offline.render(scheme, m, n, k, dtype, config=(kernel, config), quantizing=True, sms=sms)
     assert "dp4a.s32.s32" in check(rendered, tmp_path, 90)
-    assert bool(rendered.config and rendered.config.programs) == bool(config.programs)
+    assert rendered.config is not None and bool(rendered.config.programs) == bool(config.programs)
+    assert rendered.config.programs < rendered.config.tiles(m, n)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +167,9 @@ CASES = [
     ("int8dq-asymact", "bfloat16", 4, 6, 14336), ("int8dq-asymact", "bfloat16", 1, 19, 1040), ("int8dq", "bfloat16", 4, 33, 1040),
     ("int8dq", "float32", 2, 17, 2064), ("int8dq-asymact", "float32", 3, 17, 2064),
     ("int8dq", "bfloat16", 2, 40, 896), ("int8dq", "bfloat16", 1, 24, 4864), ("int8dq-asymact", "bfloat16", 3, 41, 528),
-    # more tiles than programs
-    ("int8dq", "bfloat16", 1, 269, 4112, Config(4, 2, 2048, 4, 1, programs=1)),
-    ("int8dq-asymact", "float16", 4, 536, 1040, Config(4, 4, 1024, 2, 1, programs=1)),
+    # 9 tiles of 8 programs: a card of 132 multiprocessors takes the interpreter minutes
+    ("int8dq", "bfloat16", 1, 17, 4112, Config(4, 2, 2048, 4, 1, programs=1)),
+    ("int8dq-asymact", "float16", 4, 36, 1040, Config(4, 4, 1024, 2, 1, programs=1)),
     *(
         (scheme, "bfloat16", *size) for scheme, *size in (
             ("int8dq-int4w", 1, 48, 200), ("int8dq-int4w-asymact", 2, 35, 208), ("int8dq-int4w-asym-asymact", 4, 33, 1104),
@@ -186,7 +187,9 @@ ptx.teach()
 torch.manual_seed(0)
 for scheme, dtype, m, n, k, *config in {cases!r}:
     kind, asym = getattr(torch, dtype), "asymact" in scheme
-    r = offline.render(scheme, m, n, k, kind, quantizing=True, config=(gemv.DYNAMIC, *config) if config else None)
+    wanted, sms = ((gemv.DYNAMIC, *config), 8) if config else (None, 132)
+    r = offline.render(scheme, m, n, k, kind, quantizing=True, config=wanted, sms=sms)
+    assert not config or r.config.programs == sms < r.config.tiles(m, n)
     name, source, signature, _ = offline.kernel(r.code)
     assert r.code.count(".run(") == 1
     t, function = r.tensors, offline.load(name, source, pathlib.Path({tmp!r}))
