@@ -45,7 +45,7 @@ def _gemv_adapt(p: Problem, config: Config) -> Config | None:
 GEMV_ALL, GEMV_ALL_PAIR = Config(FEW, 16, 2048, 16, 1), Config(FEW, 32, 2048, 16, 1)
 GEMV_EIGHT = Config(FEW, 16, 1024, 8, 1)
 GEMV_FOUR, GEMV_FOUR_SHORT = Config(FEW, 16, 2048, 4, 1), Config(FEW, 16, 1024, 4, 1)
-GEMV_TWO, GEMV_TWO_PAIR = Config(FEW, 16, 256, 2, 1), Config(FEW, 32, 256, 2, 1)
+GEMV_TWO, GEMV_TWO_PAIR, GEMV_ONE = Config(FEW, 16, 256, 2, 1), Config(FEW, 32, 256, 2, 1), Config(FEW, 16, 128, 1, 1)
 # for tokens that fill the columns, and for x that is not read in words
 GEMV_WIDE, GEMV_PAIR = Config(8, 16, 256, 2, 1), Config(8, 32, 256, 2, 1)
 GEMV_FULL = Config(8, 16, 512, 2, 1, split_k=8 * FILL)
@@ -62,7 +62,7 @@ def _gemv(wanted: Callable[[Problem], bool], *defaults: Default, without: tuple[
         return p.layout == "cuda_bf16" and m is not None and m <= 8 and wanted(p)
 
     configs = (
-        GEMV_ALL, GEMV_ALL_PAIR, GEMV_EIGHT, GEMV_FOUR, GEMV_FOUR_SHORT, GEMV_TWO, GEMV_TWO_PAIR,
+        GEMV_ALL, GEMV_ALL_PAIR, GEMV_EIGHT, GEMV_FOUR, GEMV_FOUR_SHORT, GEMV_TWO, GEMV_TWO_PAIR, GEMV_ONE,
         GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
         Config(8, 16, 1024, 4, 1, split_k=4 * FILL), replace(GEMV_PAIR, split_k=8 * FILL), GEMV_SHORT,
     )
@@ -73,7 +73,8 @@ def _gemv(wanted: Callable[[Problem], bool], *defaults: Default, without: tuple[
 # One to four tokens (H200): 4.6 to 5.4 us at 4096x4096, where columns of tokens alone and a split of K took 5.8 to 7.
 NARROW = (
     Default(GEMV_EIGHT, upto=4, waves=2), Default(GEMV_ALL, upto=2, k=2048), Default(GEMV_EIGHT, upto=4, waves=1),
-    Default(GEMV_ALL, upto=4, k=2048), Default(GEMV_EIGHT, upto=4, k=1024), Default(GEMV_TWO, upto=4),
+    Default(GEMV_ALL, upto=4, k=2048), Default(GEMV_EIGHT, upto=4, k=1024),
+    Default(GEMV_TWO, upto=4), Default(GEMV_ONE, upto=4),
 )
 # x in single elements: with enough tiles 32 rows at once are 2 us ahead of int4_linear; a split of K is .5 us behind it.
 BY_ELEMENT = (Default(GEMV_PAIR, upto=4, waves=3), Default(GEMV_FULL, upto=1), Default(GEMV_SHORT, upto=1))
