@@ -20,7 +20,7 @@ import torch
 from aoquant_inductor import activations, packing, qparams
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import Config, Kernel
+from aoquant_inductor.templates import Config, Kernel, int4_few
 from benchmarks import render as render_module
 from benchmarks.render import Rendered, call, kernel, load
 
@@ -257,6 +257,9 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
 
 def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
     """Whether the kernel has no such config for the scheme: more zeros than registers, or more or fewer rows."""
-    return (kernel.template == "int4_gemv" and (m <= 4) != (config.block_m <= 4)) or ((kernel.template, scheme) == ("int4_fma", "int4wo-32-asym") and config.block_n > 4) or (
-        (kernel.template, scheme, config.num_warps) == ("int4_gemv", "int4wo-32-asymfloat", 1) and config.block_k > 128
-    )
+    if kernel.template == "int4_fma":
+        return scheme == "int4wo-32-asym" and config.block_n > 4
+    if kernel.template == "int4_gemv":
+        other = (m <= int4_few.FEW) != (config.block_m <= int4_few.FEW)
+        return other or (scheme == "int4wo-32-asymfloat" and config.num_warps == 1 and config.block_k > 128)
+    return False

@@ -30,15 +30,15 @@ FEW = 4  # tokens for which the columns of the tensor core that they leave are p
 def _gemv_adapt(p: Problem, config: Config) -> Config | None:
     n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
     m = ir.static(p.m) or FEW + 1
-    # x is then read in words; eight columns of tokens would read it 4 to 16 times as often
-    if (config.block_m <= FEW) != (m <= FEW and p.by_tma) or m > config.block_m:
+    few = m <= FEW and p.by_tma  # x is then read in words; eight columns of tokens would read it 4 to 16 times as often
+    if (config.block_m <= FEW) != few or m > config.block_m:
         return None
     # a float zero for every word does not fit beside two chunks of a single warp's
     zeros = small_groups(p) and float_zeros(p)
     full = zeros and config.num_warps == 1 and config.block_k > packing_cuda.CHUNK
     if n_pad % config.block_n or k_pad < config.block_k or full:
         return None
-    return replace(config, block_m=1 << (m - 1).bit_length()) if m <= FEW and p.by_tma else config
+    return replace(config, block_m=1 << (m - 1).bit_length()) if few else config
 
 
 # In the order of the tiles that a multiprocessor gets: of narrow weights all is asked for at once
