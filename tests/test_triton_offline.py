@@ -201,9 +201,9 @@ INT4 += [
     # columns of the tensor core that are parts of K: one token, two, three and four; a last step beyond the end of K
     ("int4wo-128", 1, 40, 1104, "(int4_few.GEMV, int4_few.GEMV_EIGHT)"), ("int4wo-128-asym", 3, 40, 2064, "(int4_few.GEMV, int4_few.GEMV_ALL)"),
     ("int4wo-row-asym", 2, 33, 1040, "(int4_few.GEMV, int4_few.GEMV_TWO)"), ("int4wo-row", 4, 33, 1024, "(int4_few.GEMV, int4_few.GEMV_FOUR_SHORT)"),
-    ("int4wo-64", 4, 96, 1104, "(int4_few.GEMV_GROUPS, int4_few.GEMV_TWO_PAIR)"), ("int4wo-32", 1, 48, 2048, "(int4_few.GEMV_GROUPS, int4_few.GEMV_FOUR)"),
+    ("int4wo-64", 4, 96, 1104, "(int4_few.GEMV_GROUPS, int4_few.GEMV_TWO_PAIR)"), ("int4wo-32", 1, 48, 2048, "(int4_few.GEMV_GROUPS, int4_few.GEMV_EIGHT_LONG)"),
     ("int4wo-32-asym", 2, 40, 2064, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_FOUR)"), ("int4wo-32-asymfloat", 3, 40, 1104, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_EIGHT)"),
-    ("int4wo-256-asymfloat", 1, 40, 2064, "(int4_few.GEMV_FLOAT, int4_few.GEMV_ALL)"), ("int4wo-256-asym", 4, 90, 4864, "(int4_few.GEMV, int4_few.GEMV_ALL_PAIR)"), ("int4wo-32-asym", 2, 40, 200, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_ONE)"),
+    ("int4wo-256-asymfloat", 1, 40, 2064, "(int4_few.GEMV_FLOAT, int4_few.GEMV_ALL)"), ("int4wo-32", 3, 40, 4112, "(int4_few.GEMV_GROUPS, int4_few.GEMV_ALL_LONG)"), ("int4wo-256-asym", 4, 90, 4864, "(int4_few.GEMV, int4_few.GEMV_ALL_PAIR)"), ("int4wo-32-asym", 2, 40, 200, "(int4_few.GEMV_GROUPS_ZERO, int4_few.GEMV_ONE)"),
     ("int4wo-64", 1, 48, 2048, "(int4_few.FMA, Config(1, 2, 2048, 2, 1))"), ("int4wo-256-asymfloat", 1, 64, 2048, "(int4_few.FMA, Config(1, 8, 2048, 2, 1))"),
     ("int4wo-row", 1, 64, 2048, "(int4_few.FMA, Config(1, 8, 2048, 2, 1))"),
     # rows that no block divides; several steps or parts, of which the last ends beyond K; x in words, or an element at a time

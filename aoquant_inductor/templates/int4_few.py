@@ -43,7 +43,8 @@ def _gemv_adapt(p: Problem, config: Config) -> Config | None:
 
 # In the order of the tiles that a multiprocessor gets: of narrow weights all is asked for at once
 GEMV_ALL, GEMV_ALL_PAIR = Config(FEW, 16, 2048, 16, 1), Config(FEW, 32, 2048, 16, 1)
-GEMV_EIGHT = Config(FEW, 16, 1024, 8, 1)
+GEMV_ALL_LONG = Config(FEW, 16, 4096, 16, 1)
+GEMV_EIGHT, GEMV_EIGHT_LONG = Config(FEW, 16, 1024, 8, 1), Config(FEW, 16, 2048, 8, 1)
 GEMV_FOUR, GEMV_FOUR_SHORT = Config(FEW, 16, 2048, 4, 1), Config(FEW, 16, 1024, 4, 1)
 GEMV_TWO, GEMV_TWO_PAIR, GEMV_ONE = Config(FEW, 16, 256, 2, 1), Config(FEW, 32, 256, 2, 1), Config(FEW, 16, 128, 1, 1)
 # for tokens that fill the columns, and for x that is not read in words
@@ -62,8 +63,8 @@ def _gemv(wanted: Callable[[Problem], bool], *defaults: Default, without: tuple[
         return p.layout == "cuda_bf16" and m is not None and m <= 8 and wanted(p)
 
     configs = (
-        GEMV_ALL, GEMV_ALL_PAIR, GEMV_EIGHT, GEMV_FOUR, GEMV_FOUR_SHORT, GEMV_TWO, GEMV_TWO_PAIR, GEMV_ONE,
-        GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
+        GEMV_ALL, GEMV_ALL_LONG, GEMV_ALL_PAIR, GEMV_EIGHT, GEMV_EIGHT_LONG, GEMV_FOUR, GEMV_FOUR_SHORT, GEMV_TWO,
+        GEMV_TWO_PAIR, GEMV_ONE, GEMV_WIDE, GEMV_PAIR, GEMV_FULL, Config(8, 16, 256, 1, 1, split_k=16 * FILL),
         Config(8, 16, 1024, 4, 1, split_k=4 * FILL), replace(GEMV_PAIR, split_k=8 * FILL), GEMV_SHORT,
     )
     kept = tuple(config for config in configs if config not in without)
@@ -83,15 +84,21 @@ GEMV = _gemv(
     Default(GEMV_TWO, upto=4, waves=6), Default(GEMV_ALL, upto=4, k=8193), *NARROW,
     Default(GEMV_SHORT, upto=4, waves=40), Default(GEMV_WIDE, upto=1, waves=6), *BY_ELEMENT,
 )
+# As many scales as there are pairs of words: warps with two chunks each wait less for them.
 GEMV_GROUPS = _gemv(
     lambda p: small_groups(p) and p.zero is None,
-    Default(GEMV_FOUR_SHORT, upto=1, waves=6), Default(GEMV_TWO_PAIR, upto=4, waves=3), Default(GEMV_ALL_PAIR, upto=4, k=8193),
-    *NARROW, *BY_ELEMENT,
+    Default(GEMV_FOUR_SHORT, upto=1, waves=6), Default(GEMV_TWO_PAIR, upto=4, waves=3),
+    Default(GEMV_ALL_PAIR, upto=1, k=8193), Default(GEMV_EIGHT_LONG, upto=4, k=8193),
+    Default(GEMV_EIGHT_LONG, upto=2, k=2048, waves=2), Default(GEMV_EIGHT, upto=4, waves=2),
+    Default(GEMV_ALL_LONG, upto=3, k=4096, waves=1), Default(GEMV_EIGHT, upto=2, k=2048),
+    Default(GEMV_EIGHT_LONG, upto=4, k=2048), *NARROW, *BY_ELEMENT,
 )
 GEMV_GROUPS_ZERO = _gemv(
     lambda p: small_groups(p) and p.zero is not None,
     Default(GEMV_ALL_PAIR, upto=4, k=8193), Default(GEMV_FOUR, upto=1, k=2048, waves=1),
-    Default(GEMV_TWO_PAIR, upto=4, waves=3), *NARROW, *BY_ELEMENT,
+    Default(GEMV_TWO_PAIR, upto=4, waves=3), Default(GEMV_EIGHT, upto=4, waves=2),
+    Default(GEMV_EIGHT_LONG, upto=4, k=2048, waves=1), Default(GEMV_EIGHT, upto=2),
+    Default(GEMV_EIGHT_LONG, upto=4, k=2048), Default(GEMV_FOUR_SHORT, upto=4), *NARROW, *BY_ELEMENT,
 )
 # int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums. A zero beside each scale makes
 # ptxas spill where a program has two warps.
