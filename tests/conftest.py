@@ -19,7 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a source tree
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from util import Graph
+
+# No clock of Hypothesis's: another process may have the core for a second in the midst of a draw.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -261,5 +261,6 @@ def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
         return scheme == "int4wo-32-asym" and config.block_n > 4
     if kernel.template == "int4_gemv":
         other = (m <= int4_few.FEW) != (config.block_m <= int4_few.FEW)
-        return other or (scheme == "int4wo-32-asymfloat" and config.num_warps == 1 and config.block_k > 128)
+        one = config.num_warps == 1 and config.block_k > 128
+        return other or (scheme == "int4wo-32-asymfloat" and (one or config == int4_few.GEMV_EIGHT_LONG))
     return False

@@ -33,9 +33,9 @@ def _gemv_adapt(p: Problem, config: Config) -> Config | None:
     few = m <= FEW and p.by_tma  # x is then read in words; eight columns of tokens would read it 4 to 16 times as often
     if (config.block_m <= FEW) != few or m > config.block_m:
         return None
-    # a float zero for every word does not fit beside two chunks of a single warp's
+    # a float zero for every word does not fit beside two chunks of a single warp's; of eight warps' ptxas 13.4 spills some
     zeros = small_groups(p) and float_zeros(p)
-    full = zeros and config.num_warps == 1 and config.block_k > packing_cuda.CHUNK
+    full = zeros and (config == GEMV_EIGHT_LONG or (config.num_warps == 1 and config.block_k > packing_cuda.CHUNK))
     if n_pad % config.block_n or k_pad < config.block_k or full:
         return None
     return replace(config, block_m=1 << (m - 1).bit_length()) if few else config
@@ -98,7 +98,8 @@ GEMV_GROUPS_ZERO = _gemv(
     Default(GEMV_ALL_PAIR, upto=4, k=8193), Default(GEMV_FOUR, upto=1, k=2048, waves=1),
     Default(GEMV_TWO_PAIR, upto=4, waves=3), Default(GEMV_EIGHT, upto=4, waves=2),
     Default(GEMV_EIGHT_LONG, upto=4, k=2048, waves=1), Default(GEMV_EIGHT, upto=2),
-    Default(GEMV_EIGHT_LONG, upto=4, k=2048), Default(GEMV_FOUR_SHORT, upto=4), *NARROW, *BY_ELEMENT,
+    Default(GEMV_EIGHT_LONG, upto=4, k=2048), Default(GEMV_EIGHT, upto=4, k=2048), Default(GEMV_FOUR_SHORT, upto=4),
+    *NARROW, *BY_ELEMENT,
 )
 # int4_linear rounds such a weight times its scale to bf16; here the scale waits for the sums. A zero beside each scale makes
 # ptxas spill where a program has two warps.
