@@ -31,8 +31,11 @@ HEAT, HEAT_FROM = 0.06, 700.0
 """What keeps the card busy for longer than so many us meets its power limit: up to so much slower, at twice the time (H200:
 weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says, cuBLAS's 1.05 to 1.1).
 """
-BEHIND = 1.04
-"""cuBLAS is slower by it after a kernel that has just written its weight (H200, H100, in graphs: 1.02 to 1.05)."""
+NEAR = 8e6
+"""Elements of a weight, up to which its bf16 copy is read from the L2 cache that it was written to, before memory has it:
+what the copy takes then are its instructions, an element's as long as a byte of memory (H200, in graphs, beyond cuBLAS alone:
+3 to 5 us for 4.4 to 6.6 million elements of 4 or 8 bits; 17 million take what their bytes do).
+"""
 
 
 class Cost(NamedTuple):
@@ -110,11 +113,16 @@ def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
 
 
 def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:
-    """Microseconds of cuBLAS for bf16 x[M, K] and w[N, K]: it has a tile for every shape, so that there are parts of waves."""
-    start, _, _, full = cost or costs()[BF16]
-    return heated(start + max(2 * n * k / BYTES_PER_US, -(-k // 64) * m * n / (128 * 128) / sms * full))
+    """Microseconds of cuBLAS for bf16 x[M, K] and w[N, K]: it has a tile for every shape, so that there are parts of waves, but
+    each step of K takes its time, however small the tile.
+    """
+    start, step, _, full = cost or costs()[BF16]
+    steps = -(-k // 64)
+    work = max(2 * n * k / BYTES_PER_US, steps * m * n / (128 * 128) / sms * full)
+    return heated(start + math.hypot(work, steps * step))
 
 
 def of_copy(m: int, n: int, k: int, bits: int, sms: int) -> float:
     """Microseconds of making bf16 w[N, K] in memory of one with so many bits, and of cuBLAS with it."""
-    return WRITE_START + n * k * (bits / 8 + 2) / BYTES_PER_US + BEHIND * of_bf16(m, n, k, sms)
+    each = bits / 8 + 2 if n * k > NEAR else 1
+    return WRITE_START + n * k * each / BYTES_PER_US + of_bf16(m, n, k, sms)
