@@ -98,19 +98,29 @@ def product(sizes: Sequence[Expr]) -> Expr:
     return functools.reduce(lambda a, b: a * b, sizes, sympy.Integer(1))
 
 
+def constant(numbers: Sequence[int]) -> IR:
+    """int64 in memory, a constant of the graph."""
+    (virtualized,) = private("torch._inductor", "virtualized")
+    return virtualized.V.graph.add_tensor_constant(torch.tensor(numbers, dtype=torch.int64))
+
+
 def cpp_template(
-    name: str, inputs: dict[str, IR | None], m: Expr, n: int, dtype: torch.dtype, device: torch.device, preamble: str, body: str
+    name: str, inputs: dict[str, IR | None], sizes: Sequence[int], m: Expr, n: int, dtype: torch.dtype, device: torch.device,
+    preamble: str, body: str,
 ) -> IR:
     """A C++ kernel of ours in Inductor's generated code: y[M, N] dense, in `dtype`.
 
-    `inputs`: argument name -> node, in order; None is left out. `body` is the function's text and uses those names, `y`, and
-    `{m}` and `{threads}`, which are filled in. Nothing fuses into it.
+    `inputs`: argument name -> node, in order; None is left out. `body` is the function's text and uses those names, `y`, the
+    integers `sizes[i]`, and `{m}` and `{threads}`, which are filled in. Sizes are read at every call and stand in no text, so
+    that kernels which differ in nothing else are compiled once. Nothing fuses into it.
     """
     (base,) = private("torch._inductor.codegen.cpp_template", "CppTemplate")
     (ir,) = private("torch._inductor", "ir")
     (virtualized,) = private("torch._inductor", "virtualized")
     (threads,) = private("torch._inductor.utils", "parallel_num_threads")
     (index_text,) = private("torch._inductor.codegen.cpp_utils", "cexpr_index")
+    rows = static(m)
+    inputs = inputs | {"sizes": constant([*sizes, *([] if rows is None else [rows])])}
     present = {key: realize(node) for key, node in inputs.items() if node is not None}
     names = {key: ir.ExternKernel.realize_input(node) for key, node in present.items()}
     layout = ir.FixedLayout(device, dtype, [m, n])
@@ -128,7 +138,8 @@ def cpp_template(
             begin = "".join(f"  const auto* {key} = {key}_buffer + {start};\n" for key, start in starts.items())
             # nothing unless cpp.enable_kernel_profile is set; then a profiler would call all our kernels "kernel"
             record = kernel.maybe_codegen_profile().replace(str(kernel.kernel_name), f"aoquant_{name}_n{n}") + "\n"
-            text = record + begin + body.replace("{m}", kernel.size(out, 0)).replace("{threads}", str(self.num_threads))
+            of_m = kernel.size(out, 0) if rows is None else f"sizes[{len(sizes)}]"
+            text = record + begin + body.replace("{m}", of_m).replace("{threads}", str(self.num_threads))
             return f'{self.header().getvalue()}\n{preamble}\nextern "C" {definition}\n{{\n{text}\n}}\n'
 
     template = Template(f"aoquant_{name}", list(names.values()), layout, threads())

@@ -44,6 +44,15 @@ def _cast(ctype: str, name: str, node: Any) -> str:
     return f"(const {ctype}*){name}" if node is not None else f"(const {ctype}*)nullptr"
 
 
+def _sizes(p: Problem) -> tuple[tuple[int, ...], str]:
+    """(N, K and, where there are several, the size of groups), and the text that names them: the half of cpu_linear.h for the
+    other number of groups is not compiled.
+    """
+    several = 0 < p.key[3] < p.k
+    known = "sizes[2];\n  if (group <= 0 || group >= K) __builtin_unreachable();" if several else "0;"
+    return (p.n, p.k, *([p.key[3]] if several else [])), f"  const int64_t N = sizes[0], K = sizes[1], group = {known}\n"
+
+
 def linear(p: Problem) -> tuple[str, Any] | None:
     """(kernel name, y[M, N]) for the packed layouts."""
     isa = ISA.get(p.layout)
@@ -51,23 +60,24 @@ def linear(p: Problem) -> tuple[str, Any] | None:
         return None
     bias_type = TYPES[p.bias.get_dtype() if p.bias is not None else p.out_dtype]
     y, bias = f"({TYPES[p.out_dtype]}*)y", _cast(bias_type, "bias", p.bias)
-    weight = f"w, scale, {_cast('float', 'offset', p.zero)}, {p.key[3]}"
+    sizes, names = _sizes(p)
+    weight = f"w, scale, {_cast('float', 'offset', p.zero)}, group"
     inputs = {"x": p.x, "w": p.w, "scale": p.scale, "offset": p.zero, "bias": p.bias}
     if p.dynamic:
         function = f"linear_dynamic<{p.bits}>"
-        left = f"x, {p.k}, x_scale, {_cast('int32_t', 'x_zero', p.x_zero)}"
+        left = f"x, K, x_scale, {_cast('int32_t', 'x_zero', p.x_zero)}"
         weight += f", {_cast('float', 'w_sum', p.sums)}"
         inputs |= {"x_scale": p.x_scale, "x_zero": p.x_zero, "w_sum": p.sums}
     else:
         function = f"linear_weight_only<{p.bits}>"
-        left = f"(const {TYPES[p.x.get_dtype()]}*)x, {p.k}"
+        left = f"(const {TYPES[p.x.get_dtype()]}*)x, K"
     body = (
-        f"  const int64_t M = {{m}}, work = M * {p.n * p.k};\n"
+        f"{names}  const int64_t M = {{m}}, work = M * N * K;\n"
         f"  const int threads = (int)std::min<int64_t>({{threads}}, 1 + work / {THREAD_WORK});\n"
-        f"  aoquant::{function}(M, {p.n}, {p.k}, {left}, {weight}, {bias}, {y}, {p.n}, threads);"
+        f"  aoquant::{function}(M, N, K, {left}, {weight}, {bias}, {y}, N, threads);"
     )
     name = f"w{p.bits}_{p.layout}"
-    node = ir.cpp_template(name, inputs, p.m, p.n, p.out_dtype, p.device, _preamble(isa), body)
+    node = ir.cpp_template(name, inputs, sizes, p.m, p.n, p.out_dtype, p.device, _preamble(isa), body)
     return _kernel(isa, p), node
 
 
@@ -80,11 +90,12 @@ def requantize(p: Problem, row: Any) -> tuple[str, Any] | None:
     columns, step = packing_cpu.columns(to), packing_cpu.step(to, 8)
     blocks, steps = -(-p.n // columns), -(-p.k // step)
     inputs = {"w": p.w, "scale": p.scale, "offset": p.zero, "row": row}
-    weight = f"w, scale, {_cast('float', 'offset', p.zero)}, {p.key[3]}"
+    sizes, names = _sizes(p)
+    weight = f"w, scale, {_cast('float', 'offset', p.zero)}, group"
     body = (
-        f"  const int threads = (int)std::min<int64_t>({{threads}}, 1 + {p.n * p.k}LL / {THREAD_WORK});\n"
-        f"  aoquant::requantize<{p.bits}>({p.n}, {p.k}, {weight}, row, y, threads);"
+        f"{names}  const int threads = (int)std::min<int64_t>({{threads}}, 1 + N * K / {THREAD_WORK});\n"
+        f"  aoquant::requantize<{p.bits}>(N, K, {weight}, row, y, threads);"
     )
     name, width = f"w{p.bits}_{p.layout}_to_int8", columns * step
-    node = ir.cpp_template(name, inputs, blocks * steps, width, torch.uint8, p.device, _preamble(isa), body)
+    node = ir.cpp_template(name, inputs, sizes, blocks * steps, width, torch.uint8, p.device, _preamble(isa), body)
     return f"C++ {isa.upper()} to int8", ir.view(node, [blocks, steps, width])

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import util
 
 from aoquant_inductor import packing_cpu
-from aoquant_inductor.scheme import resolve
 
 HEADER = Path(packing_cpu.__file__).parent / "templates" / "cpu_linear.h"
 FLAGS = "-std=c++17 -O3 -ffast-math -fopenmp -shared -fPIC -w".split()
@@ -327,32 +325,3 @@ def test_unpack_is_the_inverse_of_pack(kind, bits, group) -> None:
 def test_groups_must_fit_the_step() -> None:
     with pytest.raises(ValueError, match="group_size 6"):
         packing_cpu.padded_shape(64, 64, 6, "cpu_vnni", 8)
-
-
-KERNELS = {  # int8wo, int4wo, int8dq, W4A8 of bf16
-    "avx512": ["C++ AVX512 BF16", "C++ AVX512 BF16", "C++ AVX512 VNNI", "C++ AVX512 VNNI"],
-    "avx2": ["C++ AVX2 FMA", "C++ AVX2 FMA", "C++ AVX2 VPMADDWD", "C++ AVX2 VPMADDUBSW"],
-}
-
-
-@each_isa
-@pytest.mark.parametrize("m", [3, 40])
-def test_the_lowering_takes_the_kernels_of_the_instruction_set(isa, m, monkeypatch) -> None:
-    monkeypatch.setattr(packing_cpu, "instruction_set", lambda: isa)
-    schemes = ["int8wo", "int4wo-32-asym", "int8dq", "int8dq-int4w-32-asym-asymact"]
-    layers = torch.nn.ModuleList(torch.nn.Linear(96, 70, dtype=torch.bfloat16) for _ in schemes)
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = layers
-
-        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            return [layer(x) for layer in self.layers]
-
-    x = torch.randn(m, 96).bfloat16()
-    _, got, report = util.run(Model().eval(), x, schemes={f"layers.{i}": name for i, name in enumerate(schemes)})
-    util.assert_counts(report, len(schemes))
-    assert [layer.kernel for layer in report.layers] == KERNELS[isa]
-    for name, layer, y in zip(schemes, layers, got, strict=True):
-        assert util.sqnr_db(y, util.linear64(x, layer, resolve(name))) > 45, name
