@@ -98,12 +98,6 @@ def product(sizes: Sequence[Expr]) -> Expr:
     return functools.reduce(lambda a, b: a * b, sizes, sympy.Integer(1))
 
 
-def constant(numbers: Sequence[int]) -> IR:
-    """int64 in memory, a constant of the graph."""
-    (virtualized,) = private("torch._inductor", "virtualized")
-    return virtualized.V.graph.add_tensor_constant(torch.tensor(numbers, dtype=torch.int64))
-
-
 def cpp_template(
     name: str, inputs: dict[str, IR | None], sizes: Sequence[int], m: Expr, n: int, dtype: torch.dtype, device: torch.device,
     preamble: str, body: str,
@@ -120,7 +114,8 @@ def cpp_template(
     (threads,) = private("torch._inductor.utils", "parallel_num_threads")
     (index_text,) = private("torch._inductor.codegen.cpp_utils", "cexpr_index")
     rows = static(m)
-    inputs = inputs | {"sizes": constant([*sizes, *([] if rows is None else [rows])])}
+    numbers = torch.tensor([*sizes, *([] if rows is None else [rows])], dtype=torch.int64)
+    inputs = inputs | {"sizes": virtualized.V.graph.add_tensor_constant(numbers)}
     present = {key: realize(node) for key, node in inputs.items() if node is not None}
     names = {key: ir.ExternKernel.realize_input(node) for key, node in present.items()}
     layout = ir.FixedLayout(device, dtype, [m, n])

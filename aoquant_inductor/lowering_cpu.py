@@ -48,9 +48,9 @@ def _sizes(p: Problem) -> tuple[tuple[int, ...], str]:
     """(N, K and, where there are several, the size of groups), and the text that names them: the half of cpu_linear.h for the
     other number of groups is not compiled.
     """
-    several = 0 < p.key[3] < p.k
+    several = p.group_size < p.k
     known = "sizes[2];\n  if (group <= 0 || group >= K) __builtin_unreachable();" if several else "0;"
-    return (p.n, p.k, *([p.key[3]] if several else [])), f"  const int64_t N = sizes[0], K = sizes[1], group = {known}\n"
+    return (p.n, p.k, *([p.group_size] if several else [])), f"  const int64_t N = sizes[0], K = sizes[1], group = {known}\n"
 
 
 def linear(p: Problem) -> tuple[str, Any] | None:

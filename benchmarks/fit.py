@@ -40,7 +40,7 @@ LABELS = {  # (template, scheme) of a row -> Kernel.label
 }
 STEPS, WEIGHT = 3000, 1e-3  # of the fit: of gradient descent, of what holds numbers without rows
 FEWEST = 16  # rows: below, kernels of other kinds run
-LEAST_COPIED = 256  # rows: below, no copy of a weight for cuBLAS was the fastest
+LEAST_COPIED = 256  # rows: costs.of_bf16 is 6.5 % off in the mean with these, 8 % with those from 64 rows on
 
 
 @dataclass(frozen=True)

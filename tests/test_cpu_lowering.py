@@ -43,9 +43,9 @@ def test_the_lowering_takes_the_kernels_of_the_instruction_set(isa: str, m: int,
 
 
 class Two(nn.Module):
-    def __init__(self, n: int, k: int) -> None:
+    def __init__(self, k: int) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(96, 24, dtype=torch.bfloat16), nn.Linear(k, n, dtype=torch.bfloat16)
+        self.a, self.b = nn.Linear(96, 24, dtype=torch.bfloat16), nn.Linear(k, 200, dtype=torch.bfloat16)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.a(x), self.b(y)
@@ -57,7 +57,7 @@ def test_one_kernel_serves_every_size(scheme: str, k: int, count: int) -> None:
     """Its text has no sizes, but whether there are several groups; a graph defines it once."""
     from torch._inductor.utils import run_and_get_code
 
-    model, x, y = Two(200, k).eval(), util.tokens(1, 96), util.tokens(5, k)
+    model, x, y = Two(k).eval(), util.tokens(1, 96), util.tokens(5, k)
     function = util.compiled(model, scheme)
     with torch.no_grad():
         got, (code,) = run_and_get_code(function, x, y)
