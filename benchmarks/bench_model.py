@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from aoquant_inductor.options import parse
+from aoquant_inductor.scheme import Scheme
 from benchmarks import cli, measure, peer_torchao, turns
 from benchmarks.models import CASES, Case, Step
 from benchmarks.rows import EAGER
@@ -43,7 +45,7 @@ def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) 
     if scheme == EAGER:
         return model
     if scheme == "bf16" or scheme.startswith(PEER):
-        if scheme != "bf16" and not peer_torchao.quantize(model, scheme.removeprefix(PEER), device):
+        if scheme != "bf16" and not peer(case, model, scheme.removeprefix(PEER), device):
             raise LookupError(scheme)
         how: dict[str, Any] = options
     else:
@@ -53,6 +55,21 @@ def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) 
             block.compile(**how, dynamic=False)
         return model
     return torch.compile(model, dynamic=False, **how)
+
+
+def peer(case: Case, model: nn.Module, label: str, device: str) -> bool:
+    """torchao's configs in place, for each linear that of its scheme; False where torchao has none of it."""
+    options = parse(case.options(label))
+    names: dict[Scheme, set[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (scheme := options.choose([name]).scheme) is not None:
+            names.setdefault(scheme, set()).add(name)
+    for scheme, these in names.items():
+        if scheme.activation is not None and scheme.weight.bits == 8:  # torch._int_mm, which serves it, wants more than 16 rows
+            these -= case.one_row
+        if not peer_torchao.quantize(model, scheme, device, these):
+            return False
+    return True
 
 
 def quantized(case: Case, model: nn.Module, function: Any) -> tuple[int, int]:
@@ -189,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted: list[tuple[str, str]] = []
         for name in args.cases.split(","):
             schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
-            peers = [PEER + s for s in schemes if args.peers and s not in CASES[name].mixed]
+            peers = [PEER + s for s in schemes if args.peers and not CASES[name].eager]
             eager = [EAGER] * (CASES[name].eager and not args.schemes)
             once = [(name, scheme) for scheme in ("bf16", *eager, *schemes, *peers)]
             processes = args.processes or (CASES[name].processes if args.device == "cuda" else 1)

@@ -30,6 +30,7 @@ class Case:
 
     schemes: what is measured: a scheme for all linears, or a label that `mixed` has options for. eager: bf16 not compiled, too.
     processes: of which a row is the fastest, where a step is the host's time: every other process is half as slow again.
+    one_row: the linears that see one row in a step of many.
     """
 
     make: Callable[[str], Made]
@@ -41,6 +42,7 @@ class Case:
     mixed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     eager: bool = False
     processes: int = 1
+    one_row: frozenset[str] = frozenset()
 
     def options(self, label: str) -> dict[str, Any]:
         """The options of backend="aoquant" for one of `schemes`, or for any scheme."""
@@ -84,7 +86,7 @@ def _decode(
 
 def _prefill(name: str, tokens: int, schemes: tuple[str, ...] = PREFILL) -> Case:
     """With CUDA graphs: of 512 tokens Python is the longer part without, and differs by half from process to process."""
-    return Case(partial(prefill, name=name, tokens=tokens), tokens, "token", GRAPHS, schemes)
+    return Case(partial(prefill, name=name, tokens=tokens), tokens, "token", GRAPHS, schemes, one_row=frozenset({"lm_head"}))
 
 
 def _ladder(make: Callable[[str], Made], images: int) -> Case:

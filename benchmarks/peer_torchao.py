@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import nn
 
-from aoquant_inductor.scheme import resolve
+from aoquant_inductor.scheme import Scheme, resolve
 
 
-def config(scheme: str, device: str) -> Any | None:
+def config(scheme: str | Scheme, device: str) -> Any | None:
     """torchao's config for this scheme, or None where it has none (or is not installed)."""
     try:
         from torchao import quantization as ao
@@ -32,12 +33,12 @@ def config(scheme: str, device: str) -> Any | None:
     return None
 
 
-def quantize(model: nn.Module, scheme: str, device: str) -> bool:
-    """Quantizes in place; False where torchao has nothing for it."""
+def quantize(model: nn.Module, scheme: str | Scheme, device: str, names: Container[str] | None = None) -> bool:
+    """Quantizes in place the linears of these names, or all; False where torchao has nothing for the scheme."""
     found = config(scheme, device)
     if found is None:
         return False
     from torchao.quantization import quantize_
 
-    quantize_(model, found)
+    quantize_(model, found, lambda module, name: isinstance(module, nn.Linear) and (names is None or name in names))
     return True

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from gpu.odd_shapes import COPIED
 from test_templates import BY_PTXAS, H100, default, problem
 
 from aoquant_inductor import lowering_triton
@@ -134,3 +135,11 @@ def test_a_copy_that_stays_in_the_cache_costs_its_instructions() -> None:
         assert 3 < costs.of_copy(1024, n, k, bits, 132) - costs.of_bf16(1024, n, k, 132) < 5
     more = costs.of_copy(4096, 4096, 4096, 8, 132) - costs.of_bf16(4096, 4096, 4096, 132)
     assert more == pytest.approx(costs.WRITE_START + 3 * 4096 * 4096 / costs.BYTES_PER_US)
+
+
+@pytest.mark.parametrize("ptxas", sorted(BY_PTXAS))
+@pytest.mark.parametrize("scheme", COPIED[0])
+def test_the_memory_check_meets_a_copy(scheme: str, ptxas: tuple[int, int]) -> None:
+    """Of tests/gpu/odd_shapes.py, which asks for that kind of kernel by a shape that is cheaper so."""
+    card = replace(H100, ptxas=ptxas)
+    assert default(problem(scheme, *COPIED[1], COPIED[2], card), card) is None

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 
 import aoquant_inductor
 from aoquant_inductor.options import parse
-from benchmarks import build, models
+from aoquant_inductor.scheme import Scheme
+from benchmarks import bench_model, build, models, peer_torchao
 from benchmarks.models import CASES
 
 
@@ -84,3 +85,25 @@ def test_smollm2_has_its_own_weights() -> None:
     with torch.no_grad():
         assert bind(model)().shape == (1, 1, 49152)
     assert sum(isinstance(m, torch.nn.Linear) for m in model.modules()) == 211
+
+
+@pytest.mark.parametrize(
+    ("case", "label", "expected"),
+    [
+        (CASES["tiny-voxtral-whole"], models.VOXTRAL, {("int8dq", True): 8, ("int4wo-32", False): 8}),
+        (models._prefill("tiny", 32), "int8dq", {("int8dq", False): 14}),  # and the head, of which one row is asked, in bf16
+        (models._prefill("tiny", 32), "int4wo-128", {("int4wo-128", False): 15}),
+    ],
+)
+def test_torchao_gets_our_schemes_layer_by_layer(
+    case: models.Case, label: str, expected: dict[tuple[str, bool], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[tuple[str, bool]] = Counter()
+
+    def quantize(model: torch.nn.Module, scheme: Scheme, device: str, names: set[str]) -> bool:
+        seen.update((scheme.name, "audio_tower" in name or "projector" in name) for name in names)
+        return True
+
+    monkeypatch.setattr(peer_torchao, "quantize", quantize)
+    model, _ = case.make("cpu")
+    assert bench_model.peer(case, model, label, "cuda") and seen == expected
