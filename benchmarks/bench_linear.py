@@ -7,7 +7,7 @@ cuda: device time inside a CUDA graph over copies of the layer, all in one compi
      ours in default mode, without a search, or with --search too. Each is timed after a tenth of a second of itself, as in a
      model made of it: one that is at the card's power limit is slower then, one behind it faster.
 Every M is a static compile of its own, and every problem a process of its own, `--jobs` of which compile at once; measured
-is one at a time. torchao (--peers) is compiled with max-autotune-no-cudagraphs, where it has the scheme.
+is one at a time. Peers (--peers: torchao, gemlite) are compiled with max-autotune-no-cudagraphs, where they have the scheme.
 """
 
 from __future__ import annotations
@@ -26,51 +26,15 @@ import torch
 from torch import nn
 
 from aoquant_inductor.scheme import resolve
-from benchmarks import build, cli, measure, peer_torchao, shapes, turns
+from benchmarks import build, cli, measure, peers, shapes, turns
 from benchmarks.measure import Row
-from benchmarks.shapes import Shape
+from benchmarks.problem import Problem
+from benchmarks.rows import split
 
 BENCH = "linear"
 Compiled = Callable[..., Any]
 DEFAULT, SEARCH = "default", "max-autotune-no-cudagraphs"
-COLD_BYTES, MOST_COPIES = 240e6, 160  # weights in one CUDA graph; the L2 of an H200 holds 60e6
-READ = {"H200": 4.37e12, "H100": 3.35e12}  # bytes/s: measured; by the data sheet
-BF16, INT8 = 779e12, 1558e12  # of both: FLOP/s measured, OP/s twice that
 CPU_BLOCK_US = 3000.0  # calls per clock reading: enough to fill this
-
-
-@dataclass
-class Problem:
-    """One shape at one M on one device."""
-
-    shape: Shape
-    m: int
-    device: str
-    reps: int
-
-    @property
-    def name(self) -> str:
-        return "x".join(map(str, self.shape))
-
-    def roofline(self, scheme: str) -> float:
-        """Microseconds on this card, or an H200: every byte once, or the multiplications, whichever is more."""
-        n, k = self.shape
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        read = next((rate for card, rate in READ.items() if card in name), READ["H200"])
-        bits = 16.0
-        compute = BF16
-        if scheme != "bf16":
-            s = resolve(scheme)
-            bits = s.weight.bits + (16 / s.weight.group_size if s.weight.group_size else 0)
-            compute = INT8 if s.activation else BF16
-        size = n * k * bits / 8 + 2 * self.m * (n + k)
-        return max(size / read, 2 * self.m * n * k / compute) * 1e6
-
-    def copies(self, bits: float) -> int:
-        if self.device == "cpu":
-            return 1
-        n, k = self.shape
-        return max(2, min(MOST_COPIES, -(-int(COLD_BYTES) // int(n * k * bits / 8))))
 
 
 @dataclass
@@ -95,7 +59,7 @@ class Copies(nn.Module):
         return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
 
 
-def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool) -> tuple[list[Series], list[str]]:
+def prepare(problem: Problem, schemes: Sequence[str], search: bool, beside: bool) -> tuple[list[Series], list[str]]:
     """Everything to be measured, compiled and called once, bf16 first, and what was refused."""
     kind = {"device": problem.device, "dtype": torch.bfloat16}
     most = max(problem.copies(16 if scheme == "bf16" else resolve(scheme).weight.bits) for scheme in ("bf16", *schemes))
@@ -129,16 +93,24 @@ def prepare(problem: Problem, schemes: Sequence[str], search: bool, peers: bool)
                     refused.append(f"{problem.name} M={problem.m} {scheme} {mode}: {why}")
                     found.pop()
             mode = SEARCH if problem.device == "cuda" else DEFAULT
-            if peers and add(f"torchao {scheme}", mode, bits, partial(_peer, problem, scheme, mode)) is not None:
-                found[-1].kernels = "torchao"
+            for peer in peers.QUANTIZE if beside else ():
+                built = len(found)
+                try:
+                    ys = add(f"{peer} {scheme}", mode, bits, partial(_peer, problem, peer, scheme, mode))
+                    if ys is not None:
+                        found[-1].kernels = peer
+                        build.check(torch.stack(ys[:2]), torch.stack(reference[:2]))
+                except Exception as why:  # whatever a peer's kernels raise
+                    refused.append(f"{problem.name} M={problem.m} {peer} {scheme}: {type(why).__name__}: {why}"[:300])
+                    del found[built:]
     return found, refused
 
 
 def measure_problem(
-    problem: Problem, schemes: Sequence[str], search: bool = False, peers: bool = False, ready: Callable[[], object] = list
+    problem: Problem, schemes: Sequence[str], search: bool = False, beside: bool = False, ready: Callable[[], object] = list
 ) -> tuple[list[Row], list[str]]:
     """The rows of one shape and M, bf16 first, and what was refused; `ready` is called before anything is timed."""
-    found, refused = prepare(problem, schemes, search, peers)
+    found, refused = prepare(problem, schemes, search, beside)
     before = build.graphs()
     ready()
     with torch.no_grad():
@@ -150,14 +122,14 @@ def measure_problem(
     return [
         measure.row(
             BENCH, problem.name, problem.m, series.scheme, series.mode, what, times[f"{i}"], base, series.kernels,
-            problem.roofline(series.scheme.removeprefix("torchao ")) if problem.device == "cuda" else None,
+            problem.roofline(split(series.scheme)[1]) if problem.device == "cuda" else None,
         )
         for i, series in enumerate(found)
     ], refused
 
 
-def _peer(problem: Problem, scheme: str, mode: str, model: nn.Module) -> Compiled | None:
-    return build.compile_bf16(model, mode) if peer_torchao.quantize(model, scheme, problem.device) else None
+def _peer(problem: Problem, peer: str, scheme: str, mode: str, model: nn.Module) -> Compiled | None:
+    return build.compile_bf16(model, mode) if peers.QUANTIZE[peer](model, scheme, problem.device) else None
 
 
 def _time(problem: Problem, series: dict[str, Series]) -> measure.Times:
@@ -188,7 +160,7 @@ def report(rows: Sequence[Row]) -> str:
             if set(floors) != {"-"}:
                 lines.append(["  of roofline", *floors])
         parts.append(cli.table([f"{name}, M =", *map(str, ms)], lines))
-    losing = [r for r in rows if r.ratio is not None and r.ratio < 1 and r.kernel not in ("", "torchao")]
+    losing = [r for r in rows if r.ratio is not None and r.ratio < 1 and r.kernel not in ("", *peers.QUANTIZE)]
     parts.append(f"losing rows (below 1.00x bf16): {len(losing)}")
     parts += [f"  {r.shape} M={r.m} {r.scheme}: {r.ratio:.3f}x, {r.value:.1f} us, {r.kernel}" for r in losing]
     return "\n".join(parts)
@@ -226,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--shapes", help="comma-separated NxK or names (default: per device)")
     p.add_argument("--m", help="comma-separated (default: per device)")
     p.add_argument("--search", action="store_true", help="ours with max-autotune too")
-    p.add_argument("--peers", action="store_true", help="torchao too, where it is installed and has the scheme")
+    p.add_argument("--peers", action="store_true", help="torchao and gemlite too, where installed and with the scheme")
     turns.arguments(p)
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = cli.parse(p, argv)

@@ -1,4 +1,4 @@
-"""Whole models (models.py): bf16 under torch.compile, each scheme through aoquant, torchao where it is installed.
+"""Whole models (models.py): bf16 under torch.compile, each scheme through aoquant, peers (--peers) where they are installed.
 
 Every row is a process of its own, so that memory, compile time and Dynamo's caches are its own; or the fastest of
 Case.processes. `--jobs` of them compile at once (their compile time is then left empty); measured is one at a time, in VISITS
@@ -27,25 +27,25 @@ from torch import nn
 
 from aoquant_inductor.options import parse
 from aoquant_inductor.scheme import Scheme
-from benchmarks import cli, measure, peer_torchao, turns
+from benchmarks import cli, measure, peers, turns
 from benchmarks.models import CASES, Case, Step
-from benchmarks.rows import EAGER
+from benchmarks.rows import EAGER, split
 
 BENCH = "model"
-PEER = "torchao "
 VISITS = 3
 
 
 def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) -> Any:
     """The model as its users compile it to serve it: whole, or block by block; ours without the original weights.
 
-    Raises LookupError where torchao has no such scheme.
+    Raises LookupError where a peer has no such scheme.
     """
     options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
     if scheme == EAGER:
         return model
-    if scheme == "bf16" or scheme.startswith(PEER):
-        if scheme != "bf16" and not peer(case, model, scheme.removeprefix(PEER), device):
+    whose, label = split(scheme)
+    if scheme == "bf16" or whose:
+        if whose and not all(peers.QUANTIZE[whose](model, s, device, names) for s, names in layers(case, model, label).items()):
             raise LookupError(scheme)
         how: dict[str, Any] = options
     else:
@@ -57,19 +57,29 @@ def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) 
     return torch.compile(model, dynamic=False, **how)
 
 
-def peer(case: Case, model: nn.Module, label: str, device: str) -> bool:
-    """torchao's configs in place, for each linear that of its scheme; False where torchao has none of it."""
+def layers(case: Case, model: nn.Module, label: str) -> dict[Scheme, set[str]]:
+    """For a peer: the names of the linears of each scheme; none of int8 activations that sees a single row.
+
+    torch._int_mm, by which torchao serves those, wants more than 16 rows.
+    """
     options = parse(case.options(label))
     names: dict[Scheme, set[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (scheme := options.choose([name]).scheme) is not None:
+        scheme = options.choose([name]).scheme if isinstance(module, nn.Linear) else None
+        if scheme is not None and (scheme.activation is None or scheme.weight.bits == 4 or name not in case.one_row):
             names.setdefault(scheme, set()).add(name)
-    for scheme, these in names.items():
-        if scheme.activation is not None and scheme.weight.bits == 8:  # torch._int_mm, which serves it, wants more than 16 rows
-            these -= case.one_row
-        if not peer_torchao.quantize(model, scheme, device, these):
-            return False
-    return True
+    return names
+
+
+def beside(case: Case, schemes: Sequence[str], device: str) -> list[str]:
+    """The rows of peers: of each, the schemes that it has."""
+    found = []
+    for whose, has in peers.HAS.items():
+        for label in schemes:
+            options = parse(case.options(label))
+            if all(has(s, device) for s in {options.default, *(s for _, s in options.schemes)} - {None}):
+                found.append(f"{whose} {label}")
+    return found
 
 
 def quantized(case: Case, model: nn.Module, function: Any) -> tuple[int, int]:
@@ -143,7 +153,7 @@ def run(
         want, got = torch.load(reference, weights_only=True).double(), result.cpu().double()
         noise = float((got - want).square().sum())
         error = f"{10 * math.log10(float(want.square().sum()) / noise):.2f}" if noise > 0 else "inf"
-    ours = scheme not in ("bf16", EAGER) and not scheme.startswith(PEER)
+    ours = scheme not in ("bf16", EAGER) and not split(scheme)[0]
     done, linears = quantized(case, model, function) if ours else (0, 0)
     if ours and not done:
         raise RuntimeError("no linear was quantized")
@@ -189,7 +199,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=0, schemes=())
     p.add_argument("--cases", default="toy,qwen-decode-1,sam-block,dit", help=f"of {', '.join(CASES)} (default: %(default)s)")
-    p.add_argument("--peers", action="store_true", help="torchao's matching schemes too")
+    p.add_argument("--peers", action="store_true", help="torchao and gemlite too, where they have the scheme")
     p.add_argument("--mode", default="", help="of torch.compile, for all (default: the case's; on a CPU `default`)")
     p.add_argument("--seconds", type=float, default=2.0, help="of timed steps per row (default: %(default)s)")
     p.add_argument("--processes", type=int, default=0, help="per row: the fastest (default: the case's; on a CPU 1)")
@@ -206,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted: list[tuple[str, str]] = []
         for name in args.cases.split(","):
             schemes = args.schemes.split(",") if args.schemes else list(CASES[name].schemes)
-            peers = [PEER + s for s in schemes if args.peers and not CASES[name].eager]
+            others = beside(CASES[name], schemes, args.device) if args.peers and not CASES[name].eager else []
             eager = [EAGER] * (CASES[name].eager and not args.schemes)
-            once = [(name, scheme) for scheme in ("bf16", *eager, *schemes, *peers)]
+            once = [(name, scheme) for scheme in ("bf16", *eager, *schemes, *others)]
             processes = args.processes or (CASES[name].processes if args.device == "cuda" else 1)
             wanted += [row for row in once for _ in range(processes)]
         commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]

@@ -160,8 +160,13 @@ def kernels(compiled: object, linears: int, y: torch.Tensor, reference: torch.Te
     found = {layer.kernel for layer in report.layers}
     if None in found or "as cached by Inductor" in found:
         raise Refused(f"the report names no kernel: {found}")
+    check(y, reference)
+    return ", ".join(sorted(str(kernel) for kernel in found))
+
+
+def check(y: torch.Tensor, reference: torch.Tensor) -> None:
+    """Raises Refused unless y points reference's way."""
     a, b = y.double().flatten(), reference.double().flatten()
     cosine = float(a @ b / (a.norm() * b.norm()))  # cosine_similarity() has an eps that outputs of 1e-15 fall below
     if not cosine > 0.5:  # int4 through 50 layers is far off too; a wrong kernel is at 0
         raise Refused(f"the output is wrong: its cosine to bf16's is {cosine:.3f}")
-    return ", ".join(sorted(str(kernel) for kernel in found))

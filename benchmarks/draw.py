@@ -11,7 +11,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.plots import PEER, Panel, Plot
+from benchmarks.plots import Panel, Plot
+from benchmarks.rows import split
 
 # families told apart without colour vision, too; the longest prefix counts
 MIXED = " + "  # schemes of one model
@@ -23,6 +24,7 @@ MARKERS = "osv^Dx"
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 11.0, 0.75, 0.2, 0.75, 1.2, 0.55  # inches
 HEIGHT, WIDEST, BAR = 2.9, 6.0, 0.26  # of a panel of lines, of one bar
 ACROSS = 3
+DASHES = {"": "-", "torchao": "--", "gemlite": "-."}
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "aoquant", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 10,
 }
@@ -31,7 +33,7 @@ STYLE: dict[str, Any] = {
 def color(scheme: str) -> str:
     if MIXED in scheme:
         return COLORS[MIXED]
-    family = max((f for f in COLORS if scheme.removeprefix(PEER).startswith(f)), key=len, default="bf16")
+    family = max((f for f in COLORS if split(scheme)[1].startswith(f)), key=len, default="bf16")
     return COLORS[family]
 
 
@@ -60,7 +62,7 @@ def lines(plot: Plot) -> Figure:
     width = min(WIDEST, (WIDTH - LEFT - RIGHT - (across - 1) * GAP) / across)
     speeds = [value for panel in plot.panels for line in panel.lines for _, value in line.points]
     limits = min([*speeds, 0.5]) / 1.1, max([*speeds, 2.0]) * 1.1
-    schemes = list(dict.fromkeys(line.scheme.removeprefix(PEER) for panel in plot.panels for line in panel.lines))
+    schemes = list(dict.fromkeys(split(line.scheme)[1] for panel in plot.panels for line in panel.lines))
     handles: dict[str, Any] = {}
     for i, panel in enumerate(plot.panels):
         x, y = LEFT + i % across * (width + GAP), height - TOP - HEIGHT - i // across * (HEIGHT + GAP)
@@ -88,9 +90,9 @@ def speed_over_m(axes: Any, panel: Panel, schemes: Sequence[str], limits: tuple[
     axes.set_yscale("log", base=2)
     axes.axhline(1, color=COLORS["bf16"], linewidth=1)
     for line in panel.lines:
-        peer = line.scheme.startswith(PEER)
-        at = schemes.index(line.scheme.removeprefix(PEER))
-        dashes = ":" if line.bound else "--" if peer else "-"
+        peer, scheme = split(line.scheme)
+        at = schemes.index(scheme)
+        dashes = ":" if line.bound else DASHES[peer]
         marker = "" if line.bound else MARKERS[at % len(MARKERS)]
         (drawn,) = axes.plot(
             *zip(*line.points, strict=True), dashes, color=color(line.scheme), marker=marker, markersize=4,
@@ -134,7 +136,7 @@ def bars(plot: Plot) -> Figure:
         top += size + GAP
         scale = 1.25 * (most if common else max(bar.value for bar in panel.bars))
         for y, bar in enumerate(panel.bars):
-            peer = bar.scheme.startswith(PEER)
+            peer, _ = split(bar.scheme)
             axes.barh(
                 y, bar.value, 0.72, color="white" if peer else color(bar.scheme), edgecolor=color(bar.scheme),
                 hatch="////" if peer else None,

@@ -33,6 +33,10 @@ def config(scheme: str | Scheme, device: str) -> Any | None:
     return None
 
 
+def has(scheme: str | Scheme, device: str) -> bool:
+    return config(scheme, device) is not None
+
+
 def quantize(model: nn.Module, scheme: str | Scheme, device: str, names: Container[str] | None = None) -> bool:
     """Quantizes in place the linears of these names, or all; False where torchao has nothing for the scheme."""
     found = config(scheme, device)

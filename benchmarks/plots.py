@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import RESULTS
-from benchmarks.rows import EAGER, LADDER, Row, best_configs, linears, of_models, origin, speeds
+from benchmarks.rows import EAGER, LADDER, Row, best_configs, linears, of_models, origin, speeds, split
 
 PLOTS = RESULTS.parent / "plots"
-PEER = "torchao "
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _card(path: Path) -> str:
 
 
 def _ours_first(scheme: str) -> tuple[bool, str]:
-    return scheme.startswith(PEER), scheme
+    return bool(split(scheme)[0]), scheme
 
 
 def _lines(rows: Sequence[Row]) -> tuple[Line, ...]:
@@ -80,7 +79,7 @@ def _lines(rows: Sequence[Row]) -> tuple[Line, ...]:
             (int(row["m"]), round(float(row["value"]) * float(row["ratio"]) / float(row["roofline"]), 3))
             for row in own if row["roofline"]
         )
-        if bounds and not scheme.startswith(PEER):
+        if bounds and not split(scheme)[0]:
             found.append(Line(scheme, bounds, bound=True))
     return tuple(found)
 

@@ -10,6 +10,13 @@ from pathlib import Path
 Row = Mapping[str, str]
 EAGER = "eager bf16"
 LADDER = "-ladder"  # ends the names of the cases that climb a tutorial's steps
+PEERS = ("torchao", "gemlite")
+
+
+def split(scheme: str) -> tuple[str, str]:
+    """(whose, the scheme itself) of a row: "torchao int8wo" is torchao's int8wo, "int8wo" ours, whose name is empty."""
+    whose, _, rest = scheme.partition(" ")
+    return (whose, rest) if whose in PEERS else ("", scheme)
 
 
 def newest(path: Path, *key: str) -> list[Row]:

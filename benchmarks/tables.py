@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import plots as made
 from benchmarks.bench_profile import MAKERS
 from benchmarks.measure import RESULTS
-from benchmarks.rows import EAGER, Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in
+from benchmarks.rows import EAGER, Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in, split
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -191,7 +191,7 @@ def first() -> str:
     for path, rows in files.items():
         shown = [row for row in rows if last.get(row["case"]) == path]
         for row, speed in (pair for case in FIRST for pair in speeds(shown, case)):
-            if row["scheme"] != "bf16" and not row["scheme"].startswith("torchao "):
+            if row["scheme"] != "bf16" and not split(row["scheme"])[0]:
                 base = next(one for one in rows if (one["case"], one["scheme"]) == (row["case"], "bf16"))
                 of = float(row["resident_mb"]) / float(base["resident_mb"]) if row["resident_mb"] else 0
                 table.append([
@@ -228,7 +228,7 @@ def losing(*cards: str) -> str:
                 continue
             seen.append(f"[{path.name}](benchmarks/results/{path.name})")
             for what, scheme, where, ratio in speeds_in(path):
-                if ratio < 1 and not scheme.startswith(("torchao ", "bf16", EAGER)):
+                if ratio < 1 and not split(scheme)[0] and not scheme.startswith(("bf16", EAGER)):
                     of = f"{what}, {path.name.removesuffix('.csv')}", scheme
                     lost.setdefault(of, []).append(f"{where} {_ratio(ratio)}".strip())
     table = [[*of, ", ".join(cells)] for of, cells in lost.items()]

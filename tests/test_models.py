@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 
 import aoquant_inductor
 from aoquant_inductor.options import parse
-from aoquant_inductor.scheme import Scheme
-from benchmarks import bench_model, build, models, peer_torchao
+from benchmarks import bench_model, build, models
 from benchmarks.models import CASES
 
 
@@ -95,15 +94,7 @@ def test_smollm2_has_its_own_weights() -> None:
         (models._prefill("tiny", 32), "int4wo-128", {("int4wo-128", False): 15}),
     ],
 )
-def test_torchao_gets_our_schemes_layer_by_layer(
-    case: models.Case, label: str, expected: dict[tuple[str, bool], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: Counter[tuple[str, bool]] = Counter()
-
-    def quantize(model: torch.nn.Module, scheme: Scheme, device: str, names: set[str]) -> bool:
-        seen.update((scheme.name, "audio_tower" in name or "projector" in name) for name in names)
-        return True
-
-    monkeypatch.setattr(peer_torchao, "quantize", quantize)
-    model, _ = case.make("cpu")
-    assert bench_model.peer(case, model, label, "cuda") and seen == expected
+def test_peers_get_our_schemes_layer_by_layer(case: models.Case, label: str, expected: dict[tuple[str, bool], int]) -> None:
+    names = bench_model.layers(case, case.make("cpu")[0], label)
+    seen = Counter((s.name, "audio_tower" in name or "projector" in name) for s, these in names.items() for name in these)
+    assert seen == expected
