@@ -1,7 +1,7 @@
-"""Does one line work on a model: architectures of transformers, tiny and with random weights, one after another in a process.
+"""Does one line work on a model: architectures of transformers and diffusers, tiny and with random weights, one after another.
 
 A row: how many of its nn.Linears were quantized, which were left and why, and the SQNR in dB of the compiled model's output
-against eager bf16. Needs the extra [demo].
+against eager bf16. All of them in one process. Needs the extra [demo]; diffusers come with [bench].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import aoquant_inductor
-from benchmarks import cli, measure
+from benchmarks import cli, coverage_diffusers, measure
 
 BENCH = "coverage"
 BF16 = torch.bfloat16
@@ -65,6 +65,8 @@ def made(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
     """(the model, what it is called with)."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    if name in coverage_diffusers.MODELS:
+        return coverage_diffusers.made(name, device)
     headed, reads, config = MODELS[name]
     torch.manual_seed(0)
     model = (AutoModelForCausalLM if headed else AutoModel).from_config(AutoConfig.for_model(name, **config), dtype=BF16)
@@ -77,13 +79,20 @@ def made(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
     return model.to(device).eval(), inputs[reads] | ({"use_cache": False} if headed else {})
 
 
+def first(outputs: Mapping[str, Any]) -> torch.Tensor:
+    """Of a ControlNet's lists of tensors, too."""
+    found = next(iter(outputs.values()))
+    tensor: torch.Tensor = found[0] if isinstance(found, (list, tuple)) else found
+    return tensor
+
+
 def cover(name: str, scheme: str, device: str) -> dict[str, Any]:
     """A row."""
     model, inputs = made(name, device)
     torch.compiler.reset()
     function = torch.compile(model, backend="aoquant", options={"default": scheme})
     with torch.no_grad():
-        want, got = (next(iter(f(**inputs).values())).double() for f in (model, function))
+        want, got = (first(f(**inputs)).double() for f in (model, function))
     report = aoquant_inductor.report(function)
     noise = float((got - want).square().sum())
     left = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers if layer.reason)
@@ -95,7 +104,7 @@ def cover(name: str, scheme: str, device: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.parser(__doc__, reps=1, schemes=("int8wo",))
-    p.add_argument("--models", default=",".join(MODELS), help="comma-separated (default: all)")
+    p.add_argument("--models", default=",".join((*MODELS, *coverage_diffusers.MODELS)), help="comma-separated (default: all)")
     args = cli.parse(p, argv)
     written: list[dict[str, Any]] = []
     refused = []

@@ -1,4 +1,4 @@
-"""Whole architectures of transformers, one after the other in one process."""
+"""Whole architectures of transformers and diffusers, one after the other in one process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the models need the extra [demo]")
+pytest.importorskip("diffusers", reason="the models need the extra [bench]")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not in the wheel
 
-from benchmarks import bench_coverage
+from benchmarks import bench_coverage, coverage_diffusers
 
 
 def test_two_with_a_tied_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +27,6 @@ def test_two_with_a_tied_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_architecture_can_be_made() -> None:
-    for name in bench_coverage.MODELS:
+    for name in (*bench_coverage.MODELS, *coverage_diffusers.MODELS):
         model, inputs = bench_coverage.made(name, "cpu")
         assert any(isinstance(module, torch.nn.Linear) for module in model.modules()) and inputs, name
