@@ -17,9 +17,9 @@ from torch import nn
 
 import aoquant_inductor
 from benchmarks import cli, coverage_diffusers, measure
+from benchmarks.build import BF16
 
 BENCH = "coverage"
-BF16 = torch.bfloat16
 SMALL = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 256, "max_position_embeddings": 64, "pad_token_id": 0,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-BF16 = torch.bfloat16
+from benchmarks.build import BF16
+
 Inputs = dict[str, Any]
 CHANNELS, SIDE, TEXT, WIDTH = 4, 8, 8, 32  # of a latent image, and of the tokens that describe it
 
