@@ -93,7 +93,7 @@ def prepare(problem: Problem, schemes: Sequence[str], search: bool, beside: bool
                     refused.append(f"{problem.name} M={problem.m} {scheme} {mode}: {why}")
                     found.pop()
             mode = SEARCH if problem.device == "cuda" else DEFAULT
-            for peer in peers.QUANTIZE if beside else ():
+            for peer in peers.PEERS if beside else ():
                 built = len(found)
                 try:
                     ys = add(f"{peer} {scheme}", mode, bits, partial(_peer, problem, peer, scheme, mode))
@@ -129,7 +129,7 @@ def measure_problem(
 
 
 def _peer(problem: Problem, peer: str, scheme: str, mode: str, model: nn.Module) -> Compiled | None:
-    return build.compile_bf16(model, mode) if peers.QUANTIZE[peer](model, scheme, problem.device) else None
+    return build.compile_bf16(model, mode) if peers.PEERS[peer].quantize(model, scheme, problem.device) else None
 
 
 def _time(problem: Problem, series: dict[str, Series]) -> measure.Times:
@@ -160,7 +160,7 @@ def report(rows: Sequence[Row]) -> str:
             if set(floors) != {"-"}:
                 lines.append(["  of roofline", *floors])
         parts.append(cli.table([f"{name}, M =", *map(str, ms)], lines))
-    losing = [r for r in rows if r.ratio is not None and r.ratio < 1 and r.kernel not in ("", *peers.QUANTIZE)]
+    losing = [r for r in rows if r.ratio is not None and r.ratio < 1 and r.kernel not in ("", *peers.PEERS)]
     parts.append(f"losing rows (below 1.00x bf16): {len(losing)}")
     parts += [f"  {r.shape} M={r.m} {r.scheme}: {r.ratio:.3f}x, {r.value:.1f} us, {r.kernel}" for r in losing]
     return "\n".join(parts)

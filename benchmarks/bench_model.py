@@ -45,8 +45,9 @@ def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) 
         return model
     whose, label = split(scheme)
     if scheme == "bf16" or whose:
-        if whose and not all(peers.QUANTIZE[whose](model, s, device, names) for s, names in layers(case, model, label).items()):
-            raise LookupError(scheme)
+        for s, names in layers(case, model, label, peers.PEERS[whose]).items() if whose else ():
+            if not peers.PEERS[whose].quantize(model, s, device, names):
+                raise LookupError(scheme)
         how: dict[str, Any] = options
     else:
         how = {"backend": "aoquant", "options": {**case.options(scheme), **options, "release_weights": True}}
@@ -57,16 +58,13 @@ def compiled(case: Case, model: nn.Module, scheme: str, mode: str, device: str) 
     return torch.compile(model, dynamic=False, **how)
 
 
-def layers(case: Case, model: nn.Module, label: str) -> dict[Scheme, set[str]]:
-    """For a peer: the names of the linears of each scheme; none of int8 activations that sees a single row.
-
-    torch._int_mm, by which torchao serves those, wants more than 16 rows.
-    """
+def layers(case: Case, model: nn.Module, label: str, peer: peers.Peer) -> dict[Scheme, set[str]]:
+    """The names of the linears of each scheme; none that sees one row where the peer's kernel wants more."""
     options = parse(case.options(label))
     names: dict[Scheme, set[str]] = {}
     for name, module in model.named_modules():
         scheme = options.choose([name]).scheme if isinstance(module, nn.Linear) else None
-        if scheme is not None and (scheme.activation is None or scheme.weight.bits == 4 or name not in case.one_row):
+        if scheme is not None and (name not in case.one_row or peer.takes_one_row(scheme)):
             names.setdefault(scheme, set()).add(name)
     return names
 
@@ -74,10 +72,10 @@ def layers(case: Case, model: nn.Module, label: str) -> dict[Scheme, set[str]]:
 def beside(case: Case, schemes: Sequence[str], device: str) -> list[str]:
     """The rows of peers: of each, the schemes that it has."""
     found = []
-    for whose, has in peers.HAS.items():
+    for whose, peer in peers.PEERS.items():
         for label in schemes:
             options = parse(case.options(label))
-            if all(has(s, device) for s in {options.default, *(s for _, s in options.schemes)} - {None}):
+            if all(peer.has(s, device) for s in {options.default, *(s for _, s in options.schemes)} - {None}):
                 found.append(f"{whose} {label}")
     return found
 

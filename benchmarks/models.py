@@ -122,6 +122,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "tiny-voxtral-whole": Case(
             partial(voxtral, tokens=384, config=TINY_VOXTRAL), 30, "second of audio", DEFAULT, (VOXTRAL,), mixed=HALVES
         ),
+        "tiny-prefill": _prefill("tiny", 32, ("int8dq", "int4wo-128-large8")),
         "tiny-decode": _decode("tiny", 1, ("int8wo",), DEFAULT),
         "tiny-generate": _generate("tiny", 4, ("int8wo",)),
         "tiny-dit": Case(

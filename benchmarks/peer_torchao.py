@@ -37,6 +37,11 @@ def has(scheme: str | Scheme, device: str) -> bool:
     return config(scheme, device) is not None
 
 
+def takes_one_row(scheme: Scheme) -> bool:
+    """torch._int_mm, which serves int8dq, wants more than 16."""
+    return scheme.activation is None or scheme.weight.bits == 4
+
+
 def quantize(model: nn.Module, scheme: str | Scheme, device: str, names: Container[str] | None = None) -> bool:
     """Quantizes in place the linears of these names, or all; False where torchao has nothing for the scheme."""
     found = config(scheme, device)

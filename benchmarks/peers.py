@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from aoquant_inductor.scheme import Scheme
 from benchmarks import peer_gemlite, peer_torchao
 
-HAS: Mapping[str, Callable[..., bool]] = {"torchao": peer_torchao.has, "gemlite": peer_gemlite.has}
-"""has(scheme, device): whether the peer is installed and has what a scheme of ours means."""
-QUANTIZE: Mapping[str, Callable[..., bool]] = {"torchao": peer_torchao.quantize, "gemlite": peer_gemlite.quantize}
-"""quantize(model, scheme, device, names=None): the linears of these names, or all; False where the peer has no such scheme."""
+
+@dataclass(frozen=True)
+class Peer:
+    """has(scheme, device): it is installed, and has what a scheme of ours means.
+
+    quantize(model, scheme, device, names=None): the linears of these names, or all; False where it has no such scheme.
+    takes_one_row(scheme): its kernel runs where x has a single row.
+    """
+
+    has: Callable[[str | Scheme, str], bool]
+    quantize: Callable[..., bool]
+    takes_one_row: Callable[[Scheme], bool] = lambda scheme: True
+
+
+PEERS: Mapping[str, Peer] = {
+    "torchao": Peer(peer_torchao.has, peer_torchao.quantize, peer_torchao.takes_one_row),
+    "gemlite": Peer(peer_gemlite.has, peer_gemlite.quantize),
+}

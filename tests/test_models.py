@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 
 import aoquant_inductor
 from aoquant_inductor.options import parse
+from aoquant_inductor.scheme import resolve
 from benchmarks import bench_model, build, models
 from benchmarks.models import CASES
+from benchmarks.peers import PEERS, Peer
 
 
 def test_every_label_of_every_case_is_a_scheme_or_has_options() -> None:
@@ -87,14 +89,25 @@ def test_smollm2_has_its_own_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "label", "expected"),
+    ("case", "label", "peer", "expected"),
     [
-        (CASES["tiny-voxtral-whole"], models.VOXTRAL, {("int8dq", True): 8, ("int4wo-32", False): 8}),
-        (models._prefill("tiny", 32), "int8dq", {("int8dq", False): 14}),  # and the head, of which one row is asked, in bf16
-        (models._prefill("tiny", 32), "int4wo-128", {("int4wo-128", False): 15}),
+        ("tiny-voxtral-whole", models.VOXTRAL, "torchao", {("int8dq", True): 8, ("int4wo-32", False): 8}),
+        ("tiny-prefill", "int8dq", "torchao", {("int8dq", False): 14}),  # and the head, of which one row is asked, in bf16
+        ("tiny-prefill", "int8dq", "gemlite", {("int8dq", False): 15}),
+        ("tiny-prefill", "int4wo-128", "torchao", {("int4wo-128", False): 15}),
     ],
 )
-def test_peers_get_our_schemes_layer_by_layer(case: models.Case, label: str, expected: dict[tuple[str, bool], int]) -> None:
-    names = bench_model.layers(case, case.make("cpu")[0], label)
+def test_peers_get_our_schemes_layer_by_layer(case: str, label: str, peer: str, expected: dict[tuple[str, bool], int]) -> None:
+    names = bench_model.layers(CASES[case], CASES[case].make("cpu")[0], label, PEERS[peer])
     seen = Counter((s.name, "audio_tower" in name or "projector" in name) for s, these in names.items() for name in these)
     assert seen == expected
+
+
+def test_peers_have_rows_for_what_they_have_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = Peer(lambda scheme, device: resolve(scheme).weight.bits == 8, lambda *_: False)
+    monkeypatch.setattr(bench_model.peers, "PEERS", {"torchao": has})
+    assert bench_model.beside(CASES["tiny-prefill"], CASES["tiny-prefill"].schemes, "cuda") == ["torchao int8dq"]
+    assert bench_model.beside(CASES["voxtral"], [models.VOXTRAL], "cuda") == []  # one half of it is int4
+    model, _ = CASES["tiny-prefill"].make("cpu")
+    with pytest.raises(LookupError, match="torchao int8dq"):  # and no row of bf16 by that name
+        bench_model.compiled(CASES["tiny-prefill"], model, "torchao int8dq", "default", "cpu")

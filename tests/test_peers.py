@@ -39,10 +39,22 @@ class HQQ:
     from_weights = staticmethod(Grid)
 
 
+class Int8:
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        pass
+
+    def from_linear(self, linear: nn.Linear) -> nn.Module:
+        return nn.Sequential(nn.Identity()) if type(self) is Int8 else nn.Identity()
+
+
+class Int8Dynamic(Int8):
+    pass
+
+
 @pytest.fixture
 def gemlite(monkeypatch: pytest.MonkeyPatch) -> None:
     package, helper = ModuleType("gemlite"), ModuleType("gemlite.helper")
-    helper.A16W4_HQQ_INT = HQQ  # type: ignore[attr-defined]
+    helper.A16W4_HQQ_INT, helper.A16W8_INT8, helper.A8W8_INT8_dynamic = HQQ, Int8, Int8Dynamic  # type: ignore[attr-defined]
     package.helper = helper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gemlite", package)
     monkeypatch.setitem(sys.modules, "gemlite.helper", helper)
@@ -56,17 +68,24 @@ def test_gemlite_gets_the_weights_that_we_have(scheme: str) -> None:
     spec = resolve(scheme).weight
     q = qparams.quantize(model[0].weight.detach(), spec)
     expected = qparams.dequantize(q.w_q, q.scale, q.zero, spec.group_size)
-    assert peers.QUANTIZE["gemlite"](model, scheme, "cuda", {"0"})
+    assert peers.PEERS["gemlite"].quantize(model, scheme, "cuda", {"0"})
     assert isinstance(model[0], Grid) and type(model[1]) is nn.Linear  # only those named
     torch.testing.assert_close(model[0].weight, expected.view(24, 128))
+
+
+@pytest.mark.usefixtures("gemlite")
+@pytest.mark.parametrize(("scheme", "kind"), [("int8wo", nn.Sequential), ("int8dq", nn.Identity)])
+def test_int8_is_gemlites_own(scheme: str, kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    assert peers.PEERS["gemlite"].quantize(model, scheme, "cuda") and type(model[0]) is kind
 
 
 @pytest.mark.usefixtures("gemlite")
 def test_which_schemes_gemlite_has() -> None:
     of = ("int8wo", "int8wo-64", "int8dq", "int8dq-asymact", "int4wo-128", "int4wo-32-asym", "int4wo-64-asymfloat",
           "int4wo-128-large8", "int8dq-int4w")
-    assert [s for s in of if peers.HAS["gemlite"](s, "cuda")] == ["int8wo", "int8dq", "int4wo-128", "int4wo-32-asym"]
-    assert not any(peers.HAS["gemlite"](s, "cpu") for s in of)
+    assert [s for s in of if peers.PEERS["gemlite"].has(s, "cuda")] == ["int8wo", "int8dq", "int4wo-128", "int4wo-32-asym"]
+    assert not any(peers.PEERS["gemlite"].has(s, "cpu") for s in of)
 
 
 def test_what_is_not_installed_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +97,4 @@ def test_what_is_not_installed_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> No
 def test_whose_a_row_is() -> None:
     assert rows.split("gemlite int4wo-128") == ("gemlite", "int4wo-128")
     assert [rows.split(s)[0] for s in ("int8wo", rows.EAGER, "int8dq + int4wo-32", "torchao int8dq + int4wo-32")] == ["", "", "", "torchao"]
-    assert set(rows.PEERS) == peers.HAS.keys() == peers.QUANTIZE.keys()
+    assert set(rows.PEERS) == peers.PEERS.keys()
