@@ -6,7 +6,6 @@ against eager bf16. All of them in one process. Needs the extra [demo]; diffuser
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from torch import nn
 import aoquant_inductor
 from benchmarks import cli, coverage_diffusers, measure
 from benchmarks.build import BF16
+from benchmarks.error import sqnr_db
 
 BENCH = "coverage"
 SMALL = {
@@ -93,15 +93,14 @@ def cover(name: str, scheme: str, device: str) -> dict[str, Any]:
     how: dict[str, Any] = {} if scheme == "bf16" else {"backend": "aoquant", "options": {"default": scheme}}
     function = torch.compile(model, **how)
     with torch.no_grad():
-        want, got = (first(f(**inputs)).double() for f in (model, function))
-    noise = float((got - want).square().sum())
+        want, got = (first(f(**inputs)) for f in (model, function))
     report = aoquant_inductor.report(function) if how else None
     layers = report.layers if report else ()
     return {
         "model": name, "scheme": scheme, "quantized": report.totals["quantized"] if report else 0,
         "linears": sum(isinstance(m, nn.Linear) for m in model.modules()),
         "left": "; ".join(f"{layer.name}: {layer.reason}" for layer in layers if layer.reason),
-        "sqnr_db": round(10 * math.log10(float(want.square().sum()) / noise), 1) if noise else "inf",
+        "sqnr_db": round(sqnr_db(want, got), 1),
     }
 
 

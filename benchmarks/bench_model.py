@@ -13,7 +13,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from torch import nn
 from aoquant_inductor.options import parse
 from aoquant_inductor.scheme import Scheme
 from benchmarks import cli, measure, peers, turns
+from benchmarks.error import sqnr_db
 from benchmarks.models import CASES, Case, Step
 from benchmarks.rows import EAGER, split
 
@@ -148,9 +148,7 @@ def run(
         torch.save(result.cpu(), reference)
         error = ""
     else:
-        want, got = torch.load(reference, weights_only=True).double(), result.cpu().double()
-        noise = float((got - want).square().sum())
-        error = f"{10 * math.log10(float(want.square().sum()) / noise):.2f}" if noise > 0 else "inf"
+        error = f"{sqnr_db(torch.load(reference, weights_only=True), result.cpu()):.2f}"
     ours = scheme not in ("bf16", EAGER) and not split(scheme)[0]
     done, linears = quantized(case, model, function) if ours else (0, 0)
     if ours and not done:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -311,3 +312,12 @@ def test_problems_in_processes_give_the_rows_of_one(tmp_path: Path) -> None:
     assert bench_linear.main([*argv, "--results", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "linear")
     assert [(r["scheme"], r["m"]) for r in rows] == [("bf16", "1"), ("int8wo", "1"), ("bf16", "3"), ("int8wo", "3")]
+
+
+def test_an_error_that_is_not_finite_is_nan_and_not_none() -> None:
+    from benchmarks.error import sqnr_db
+
+    want = torch.tensor([3.0, 4.0])
+    assert sqnr_db(want, want + torch.tensor([0.3, -0.4])) == pytest.approx(20)
+    assert sqnr_db(want, want) == math.inf
+    assert all(math.isnan(sqnr_db(want, torch.tensor([bad, 4.0]))) for bad in (math.nan, math.inf))
