@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import statistics
 import sys
@@ -149,6 +148,8 @@ def run(
         error = ""
     else:
         error = f"{sqnr_db(torch.load(reference, weights_only=True), result.cpu()):.2f}"
+        if error == "nan":
+            raise RuntimeError("the result is not finite")
     ours = scheme not in ("bf16", EAGER) and not split(scheme)[0]
     done, linears = quantized(case, model, function) if ours else (0, 0)
     if ours and not done:
@@ -215,20 +216,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             others = beside(CASES[name], schemes, args.device) if args.peers and not CASES[name].eager else []
             eager = [EAGER] * (CASES[name].eager and not args.schemes)
             once = [(name, scheme) for scheme in ("bf16", *eager, *schemes, *others)]
-            processes = args.processes or (CASES[name].processes if args.device == "cuda" else 1)
-            wanted += [row for row in once for _ in range(processes)]
+            # each batch of processes has all of them: a slow spell of the machine meets all alike
+            wanted += once * (args.processes or (CASES[name].processes if args.device == "cuda" else 1))
         commands = [child(name, scheme, args, Path(folder) / f"{name}.pt") for name, scheme in wanted]
 
         def ready(which: int, seconds: float) -> None:
             print(f"{' '.join(wanted[which])}: prepared after {seconds:.0f} s", file=sys.stderr, flush=True)
 
-        results = zip(wanted, turns.run(commands, args.jobs, args.limit, ready), strict=True)
-        for (name, scheme), group in itertools.groupby(results, lambda result: result[0]):
-            found = [printed for _, printed in group]
-            if failed := [str(each) for each in found if isinstance(each, turns.Failed)]:
+        found: dict[tuple[str, str], list[str | turns.Failed]] = {which: [] for which in wanted}
+        for which, printed in zip(wanted, turns.run(commands, args.jobs, args.limit, ready), strict=True):
+            found[which].append(printed)
+            if len(found[which]) < wanted.count(which):
+                continue
+            name, scheme = which
+            if failed := {str(each): None for each in found[which] if isinstance(each, turns.Failed)}:
                 refused += [f"{name} {scheme}: {message}" for message in failed]
                 continue
-            done = sorted((json.loads(str(each)) for each in found), key=lambda row: row["ms"])
+            done = sorted((json.loads(str(each)) for each in found[which]), key=lambda row: row["ms"])
             row: dict[str, Any] = done[0]
             if args.jobs > 1:
                 row["compile_s"] = ""

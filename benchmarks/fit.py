@@ -4,7 +4,7 @@
        + bytes of y / rate where a program has a multiprocessor for itself, all of it times costs.HEAT where it is long,
        and for split K + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
 
-steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, of a tail with those before. one,
+steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, but for a tail. one,
 others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
 by the least sum of |log(model / measured)|. What is printed says how good they are: the time of the config that the model takes
 over that of the fastest one measured.
@@ -109,7 +109,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
-    few = waves + torch.tensor([float(r.before) for r in measured]) <= prices.PAIR
+    few = (waves <= prices.PAIR) & torch.tensor([not r.before for r in measured])
     is_split = torch.tensor([float(r.split > 1) for r in measured])
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split

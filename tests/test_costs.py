@@ -97,7 +97,8 @@ def test_a_tail_is_priced_by_the_steps_of_a_multiprocessor() -> None:
     assert (config.tail, config.split_k) == (132, 2)
     assert slow == pytest.approx(cost.us(192, 64, 132, read) + written)
     adding = costs.of_split(2, 60, 256 * 128, 132, costs.costs()["W8A16 sliced", ""])
-    assert fast - adding == pytest.approx(cost.us(132, 96, 132, read) + written) and fast < 0.9 * slow
+    assert fast - adding == pytest.approx(cost.us(132, 96, 132, read, before=1) + written)
+    assert cost.us(132, 96, 132, read, before=1) > cost.us(132, 96, 132, read) and fast < slow  # one after the other hides nothing
 
 
 @pytest.mark.parametrize("block", [(64, 32), (64, 64), (256, 128)])  # added up by the last program, by all; with a tail
@@ -135,6 +136,17 @@ def test_a_copy_that_stays_in_the_cache_costs_its_instructions() -> None:
         assert 3 < costs.of_copy(1024, n, k, bits, 132) - costs.of_bf16(1024, n, k, 132) < 5
     more = costs.of_copy(4096, 4096, 4096, 8, 132) - costs.of_bf16(4096, 4096, 4096, 132)
     assert more == pytest.approx(costs.WRITE_START + 3 * 4096 * 4096 / costs.BYTES_PER_US)
+
+
+def test_no_default_took_much_longer_in_a_graph_than_a_copy_would() -> None:
+    """A tail at 1280x5120, M = 4096 was priced at 73 us and took 100, for the 82 of a copy."""
+    card, ratios = replace(H100, ptxas=(13, 5)), {}
+    for (_, scheme, n, k, m), (name, us) in in_graphs().items():
+        found = default(problem(scheme, n, k, m, card), card) if m >= 256 else None
+        if found is not None and name.endswith(f" {found[1]}"):
+            ratios[scheme, n, k, m] = us / costs.of_copy(m, n, k, SCHEMES[scheme].weight.bits, card.sms)
+    assert len(ratios) > 30
+    assert max(ratios.values()) < 1.12, max(ratios, key=ratios.__getitem__)
 
 
 @pytest.mark.parametrize("ptxas", sorted(BY_PTXAS))

@@ -40,7 +40,7 @@ what the copy takes then are its instructions, an element's as long as a byte of
 
 class Cost(NamedTuple):
     """Microseconds: to begin and to end; a step of K of a program with a multiprocessor for itself; of each of two that share
-    one, which hide most of each other's waits; of each of several, one after the other.
+    one, which hide most of each other's waits; of each of several, one after the other, as those of a tail are.
     """
 
     start: float
@@ -50,10 +50,10 @@ class Cost(NamedTuple):
 
     def us(self, programs: int, steps: int, sms: int, memory: float, before: int = 0, written: float = 0.0) -> float:
         """`memory`: microseconds that the weight takes to be read, whatever is done with it. before: programs that `steps`
-        has already, one after the other. written: microseconds of y that nobody hides.
+        has already, one after the other, 0 without a tail. written: microseconds of y that nobody hides.
         """
         waves = math.ceil(programs / sms)
-        work = steps * max(self.step, waves * (self.pair if waves + before <= PAIR else self.full))
+        work = steps * max(self.step, waves * (self.pair if waves <= PAIR and not before else self.full))
         return heated(self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written)
 
 
