@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import product
-from pathlib import Path
 
 from benchmarks import plots as made
 from benchmarks.bench_profile import MAKERS
+from benchmarks.markup import bold, markdown, source
 from benchmarks.measure import RESULTS
-from benchmarks.rows import EAGER, Row, best_configs, linears, newest, of_models, of_profiles, origin, speeds, speeds_in, split
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(rows: Sequence[Row], path: Path) -> str:
-    return f"\n\n<sub>[{path.name}](benchmarks/results/{path.name}): {origin(rows)}</sub>"
+from benchmarks.rows import EAGER, Row, newest, of_models, of_profiles, speeds, speeds_in, split
+from benchmarks.tables_linear import linear, peers, tune
 
 
 def demo(card: str) -> str:
@@ -71,41 +62,6 @@ def host(card: str, *schemes: str) -> str:
     return markdown(["model", "mode", "bf16", *schemes], table) + note + source(rows, path)
 
 
-def linear(card: str, *names: str) -> str:
-    """Speed against bf16, one row per shape and scheme, one column per M; below 1 in bold."""
-    path = RESULTS / f"{card}.linear.csv"
-    rows = linears(path)
-    ms = sorted({int(row["m"]) for row in rows})
-    found = {(row["shape"], row["scheme"], int(row["m"])): row for row in rows}
-    table = []
-    for shape, scheme in product(dict.fromkeys(row["shape"] for row in rows), ("bf16", *names)):
-        cells = [found.get((shape, scheme, m)) for m in ms]
-        if scheme == "bf16":
-            table.append([f"**{shape}**, bf16, us", *("-" if c is None else f"{float(c['value']):.1f}" for c in cells)])
-            continue
-        ratios = [None if c is None else float(c["ratio"]) for c in cells]
-        table.append([scheme, *("-" if r is None else _ratio(r) for r in ratios)])
-    return markdown(["N x K, scheme \\ M", *map(str, ms)], table) + source(rows, path)
-
-
-def tune(card: str, *shapes: str) -> str:
-    """The best config that was right: microseconds and speed against bf16; below 1 in bold."""
-    path = RESULTS / f"{card}.tune.csv"
-    best = best_configs(path)
-    ms = [m for m in sorted({m for _, _, m in best}) if m in (1, 16, 64, 256, 1024, 4096)]
-    table = []
-    for shape in shapes:
-        for scheme in dict.fromkeys(scheme for scheme, of, _ in best if of == shape):
-            cells = [best.get((scheme, shape, m)) for m in ms]
-            text = ["-" if c is None else f"{float(c['us']):.1f} us, {_ratio(float(c['ratio']))}" for c in cells]
-            table.append([f"{scheme}, {shape}", *text])
-    return markdown(["M =", *map(str, ms)], sorted(table)) + source(list(best.values()), path)
-
-
-def _ratio(r: float) -> str:
-    return f"{r:.2f}x" if r >= 1 else f"**{r:.2f}x**"
-
-
 def memory(card: str) -> str:
     path = RESULTS / f"{card}.memory.csv"
     rows = newest(path, "shape", "scheme", "mode", "what")
@@ -132,7 +88,7 @@ def model(card: str) -> str:
     rows = of_models(path)
     table = [
         [
-            row["case"], row["scheme"], _ratio(speed), f"{float(row['rate']):,.1f} {row['unit']}", f"{float(row['ms']):.3f} ms",
+            row["case"], row["scheme"], bold(speed), f"{float(row['rate']):,.1f} {row['unit']}", f"{float(row['ms']):.3f} ms",
             f"{float(row['host_ms']):.3f} ms" if row["host_ms"] else "-", _gigabytes(row),
             f"{row['error_db']} dB" if row["error_db"] else "-", row["quantized"] or "-",
         ]
@@ -195,7 +151,7 @@ def first() -> str:
                 base = next(one for one in rows if (one["case"], one["scheme"]) == (row["case"], "bf16"))
                 of = float(row["resident_mb"]) / float(base["resident_mb"]) if row["resident_mb"] else 0
                 table.append([
-                    f"{row['case']}, {path.name.partition('.')[0]}", row["scheme"], _ratio(speed),
+                    f"{row['case']}, {path.name.partition('.')[0]}", row["scheme"], bold(speed),
                     f"{_gigabytes(row)}, {of:.2f}x" if of else "-", f"SQNR {row['error_db']} dB",
                 ])
         if shown:
@@ -207,7 +163,7 @@ def first() -> str:
             if row["scheme"] != "bf16":
                 table.append([
                     f"{row['model']} decode / prefill, {path.name.partition('.')[0]}", row["scheme"],
-                    f"{_ratio(float(row['decode_x']))} / {_ratio(float(row['prefill_x']))}",
+                    f"{bold(float(row['decode_x']))} / {bold(float(row['prefill_x']))}",
                     f"{size[row['scheme']] / size['bf16']:.2f}x of bf16's linears",
                     f"perplexity {float(row['ppl_ratio']):.4f}x, KL {row['kl']}",
                 ])
@@ -230,7 +186,7 @@ def losing(*cards: str) -> str:
             for what, scheme, where, ratio in speeds_in(path):
                 if ratio < 1 and not split(scheme)[0] and not scheme.startswith(("bf16", EAGER)):
                     of = f"{what}, {path.name.removesuffix('.csv')}", scheme
-                    lost.setdefault(of, []).append(f"{where} {_ratio(ratio)}".strip())
+                    lost.setdefault(of, []).append(f"{where} {bold(ratio)}".strip())
     table = [[*of, ", ".join(cells)] for of, cells in lost.items()]
     rows = markdown(["below bf16", "scheme", "speed"], table) if table else "None."
     return f"{rows}\n\n<sub>of {', '.join(seen)}</sub>"
@@ -243,6 +199,6 @@ def plots(*patterns: str) -> str:
 
 
 TABLES: Mapping[str, Callable[..., str]] = {
-    "demo": demo, "accuracy": accuracy, "coverage": coverage, "host": host, "linear": linear, "tune": tune, "memory": memory,
-    "model": model, "models": models, "first": first, "plots": plots, "losing": losing, "profiles": profiles,
+    "demo": demo, "accuracy": accuracy, "coverage": coverage, "host": host, "linear": linear, "peers": peers, "tune": tune,
+    "memory": memory, "model": model, "models": models, "first": first, "plots": plots, "losing": losing, "profiles": profiles,
 }
