@@ -42,6 +42,13 @@ FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16
           ("int8dq-asymact", "float16", 262, 80, 1025, TAIL), ("int8wo", "float16", 262, 80, 1024, TAIL_SWAPPED),
           ("int8dq-asymact", "float16", 70, 70, 1025, UNSLICED), ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SHORT),
           ("int8wo", "float16", 33, 70, 1024, SLICED), ("int8wo", "float16", 33, 170, 1024, SLICED_SHORT), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
+# splits that are no power of two
+FORCED += [
+    ("int8dq", "float16", 5, 70, 1025, (linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=3))),
+    ("int8dq-asymact", "float16", 70, 70, 1025, (linear.GENERAL, Config(64, 64, 128, 4, 3, split_k=5))),
+    *(("int8dq-asymact", "float16", 70, 70, 1537, (linear.GENERAL, replace(SLICED[1], block_k=64, split_k=split))) for split in (3, 6, 12)),
+    ("int8wo", "float16", 33, 170, 1024, (linear.GENERAL, replace(SLICED_SHORT[1], split_k=12))),
+]
 CASES = [
     ("int8wo", "float16", 5, 33, 65), ("int8wo-32", "float32", 3, 40, 33), ("int8dq", "float16", 5, 70, 129),
     ("int8dq-asymact", "float32", 3, 33, 31), ("int4wo-32-asym", "float16", 5, 33, 129), ("int4wo-32-asymfloat", "float32", 2, 20, 70),
@@ -58,6 +65,8 @@ INT4 = [
     ("int4wo-32-asym", 20, 70, 400, None), ("int4wo-64-asymfloat", 5, 70, 400, None),
     ("int4wo-128-asym", 50, 70, 1100, (int4.SUMS, Config(64, 64, 128, 4, 3, split_k=4))),
     ("int8dq-int4w-asym-asymact", 50, 70, 1100, (int4.DYNAMIC_ROW, Config(64, 64, 128, 4, 3, split_k=4))),
+    ("int4wo-128-asym", 50, 70, 1100, (int4.SUMS, Config(64, 64, 128, 4, 3, split_k=3))), ("int4wo-128", 20, 70, 1100, (int4.SUMS, Config(16, 64, 128, 4, 3, split_k=6))),
+    ("int8dq-int4w-asym-asymact", 50, 70, 1100, (int4.DYNAMIC_ROW, Config(64, 64, 128, 4, 3, split_k=6))),
     ("int4wo-32", 100, 70, 400, (int4.ONE_SUM, int4.S128)), ("int8dq-int4w", 5, 70, 400, None),
     ("int8dq-int4w-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-128", 5, 70, 400, None),
     ("int8dq-int4w-128-asym-asymact", 5, 70, 400, None), ("int8dq-int4w-256-asym", 40, 70, 700, None),
@@ -182,7 +191,8 @@ def everything() -> Iterator[tuple[str, Callable[[Path], None]]]:
     """(what to say of it, what to run)."""
     for kind, cases in ((one, CASES), (part, PARTS), (dense, DENSE), (rows, [(scheme,) for scheme in ROWS])):
         for case in cases:
-            yield f"{kind.__name__} {' '.join(map(str, case))}", partial(kind, *case)
+            words = (f"{word[0].template} {word[1]}" if isinstance(word, tuple) else str(word) for word in case)
+            yield f"{kind.__name__} {' '.join(words)}", partial(kind, *case)
 
 
 def main(which: int, of: int) -> None:

@@ -27,6 +27,7 @@ SCHEMES = {
     "int4wo-row": int4.ONE_SUM, "int4wo-64-asymfloat": int4.ONE_SUM,
 }
 CARRIED = [(scheme, kernel, config) for scheme, kernel in SCHEMES.items() for config in distinct(kernel) if config.carried]
+CARRIED += [("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W_CARRIED, split_k=3)), ("int4wo-128", int4.SUMS, replace(int4.L_CARRIED, split_k=6))]
 needs_newer = pytest.mark.skipif(NEWER is None, reason="no ptxas of nvidia-cuda-nvcc, of the extra dev")
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FILE = Path(__file__).parent / "costs.csv"
 COLUMNS = ("kernel", "config", "start", "step", "pair", "full")
 BF16 = ("bf16", "")
+SPLITS = (1, 2, 4, 8, 16)  # of K that are thought of; 3, 6 and 12, which run as well, were not measured
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
 SLICED_AREA = 4096  # elements of a tile, from which on each of its programs adds up some rows, not the last to come all
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
@@ -77,6 +78,11 @@ def sliced(area: int) -> bool:
     return area >= SLICED_AREA
 
 
+def slices(split: int) -> int:
+    """Of a tile that all of `split` programs add up: a power of two, so that of three programs one has none."""
+    return 1 << (split.bit_length() - 1)
+
+
 def splits_fit(split: int, tiles: int, area: int, sms: int) -> bool:
     """Whether it is worth a thought: programs that add up a tile together have to run at the same time."""
     waves = (1 if area >= FULL_AREA else 2) if sliced(area) else MOST_WAVES
@@ -89,8 +95,8 @@ def split_of(label: str, area: int) -> tuple[str, str]:
 
 
 def shared(split: int, tiles: int, area: int) -> tuple[float, int]:
-    """How many parts of a tile a program adds up, and how many programs do so at once. Of rows of its own, all but its own."""
-    return (1 - 1 / split, split * tiles) if sliced(area) else (split, tiles)
+    """How many parts of a tile a program adds up, of rows of its own all but its own; how many programs do so at once."""
+    return ((split - 1) / slices(split), split * tiles) if sliced(area) else (split, tiles)
 
 
 def bytes_written(m: int, n: int, area: int) -> int:

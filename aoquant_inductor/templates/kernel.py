@@ -68,7 +68,7 @@ class Config:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
             "SWAP": self.swap, "SPLIT_K": self.split_k, "TAIL": self.tail, "CARRIED": self.carried, "PROGRAMS": self.programs,
-            "TMA": self.tma, "SLICE_M": max(8, self.block_m // self.split_k) if sliced else self.block_m,
+            "TMA": self.tma, "SLICE_M": max(8, self.block_m // costs.slices(self.split_k)) if sliced else self.block_m,
             "num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.extra),
         }
 
@@ -171,7 +171,7 @@ class Kernel:
             if not min(rows // 2, 64) <= base.block_m <= max(16, rows) or self.outdone(p, card, base):
                 continue
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
-            for split in (1, 2, 4, 8, 16) if may and not base.tail else (1,):
+            for split in costs.SPLITS if may and not base.tail else (1,):
                 fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, card.sms)
                 if split > 1 and (2 * split > steps or not fits):
                     break
