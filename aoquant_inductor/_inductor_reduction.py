@@ -39,27 +39,26 @@ def rows_in_registers() -> Iterator[None]:
     (fixed,) = private("torch._inductor.codegen.triton", "FixedTritonConfig")
     theirs = type(v.choices)
 
+    # static or not, as they are from one torch to the next
     class Choices(theirs):  # type: ignore[misc, valid-type]
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        def should_use_persistent_reduction(self, features: Any, cooperative_reduction: bool) -> bool:
             length = features.reduction_numel
             short = getattr(length, "is_Integer", False) and int(length) <= LONGEST
             # DEFAULT: rows that are read or written in another order than they lie, as windows and heads are
             along = features.get_reduction_hint() in (hint.INNER, hint.DEFAULT)
             if short and not cooperative_reduction and along and _quantizes(features):
                 return True
-            return bool(theirs.should_use_persistent_reduction(features, cooperative_reduction))
+            return bool(super().should_use_persistent_reduction(features, cooperative_reduction))
 
-        @staticmethod
-        def reduction_split_factor(device: Any, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
+        def reduction_split_factor(self, device: Any, reduction_numel_hint: int, numel_hint: int, inner_reduction: bool) -> int:
             if inner_reduction and reduction_numel_hint <= LONGEST:
                 return 1
-            return int(theirs.reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
+            return int(super().reduction_split_factor(device, reduction_numel_hint, numel_hint, inner_reduction))
 
         def triton_kernel_kwargs(self, kernel: Any, features: Any, groups: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            kwargs = theirs.triton_kernel_kwargs(self, kernel, features, groups, kwargs)
+            kwargs = super().triton_kernel_kwargs(kernel, features, groups, kwargs)
             ours = set(groups[0]) == {"x", "r0_"} and _quantizes(features) and not _chosen_by_inductor(features)
-            if not ours or not _one_row_can_be_fixed() or not Choices.should_use_persistent_reduction(features, False):
+            if not ours or not _one_row_can_be_fixed() or not self.should_use_persistent_reduction(features, False):
                 return kwargs
             length = int(features.reduction_numel)
             return kwargs | ({"fixed_config": fixed({"XBLOCK": 1, "num_warps": warps(length)})} if length > SHORT else {})

@@ -16,7 +16,8 @@ PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
 PAIRS = ((0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0))
 FLIPS: Mapping[object, tuple[tuple[object, ...], ...]] = MappingProxyType(
     {
-        getattr: (("T",), ("mT",)), torch.t: ((),), "t": ((),), torch.transpose: PAIRS, "transpose": PAIRS,
+        getattr: (("T",), ("mT",)), torch.ops.aten.numpy_T: ((),), torch.ops.aten.mT: ((),),  # the last two from torch 2.14 on
+        torch.t: ((),), "t": ((),), torch.transpose: PAIRS, "transpose": PAIRS,
         torch.permute: (((1, 0),),), "permute": ((1, 0), ((1, 0),)),
     }
 )
