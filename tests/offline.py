@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -262,5 +263,6 @@ def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
     if kernel.template == "int4_gemv":
         other = (m <= int4_few.FEW) != (config.block_m <= int4_few.FEW)
         one = config.num_warps == 1 and config.block_k > 128
-        return other or (scheme == "int4wo-32-asymfloat" and (one or config == int4_few.GEMV_EIGHT_LONG))
+        tight = (int4_few.GEMV_FOUR, replace(int4_few.GEMV_FULL, split_k=2)) if int4_few.spills_sooner() else ()
+        return other or (scheme == "int4wo-32-asymfloat" and (one or config in (int4_few.GEMV_EIGHT_LONG, *tight)))
     return False

@@ -16,12 +16,15 @@ from aoquant_inductor.templates.kernel import FILL, Config, Default, Kernel
 
 
 @functools.cache
-def _orders() -> dict[str, bool]:
-    """In what order this Triton gives threads what they load, and K of a dot's operands (int4_gemv.py.jinja)."""
+def triton_version() -> tuple[int, ...]:
     import triton
 
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return {"LAST_FIRST": version >= (3, 7), "BY_TWO": version >= (3, 8)}
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def spills_sooner() -> bool:
+    """Of what Triton 3.8 makes its ptxas 12.9 spills some bytes, where that of 3.9 spills none."""
+    return triton_version() == (3, 8)
 
 
 FEW = 4  # tokens for which the columns of the tensor core that they leave are parts of K
@@ -36,7 +39,10 @@ def _gemv_adapt(p: Problem, config: Config) -> Config | None:
     # a float zero for every word does not fit beside two chunks of a single warp's; of eight warps' ptxas 13.4 spills some
     # without the flag that Triton 3.9 gives it
     zeros = small_groups(p) and float_zeros(p)
-    full = zeros and (config == GEMV_EIGHT_LONG or (config.num_warps == 1 and config.block_k > packing_cuda.CHUNK))
+    full = zeros and (
+        config == GEMV_EIGHT_LONG or (config.num_warps == 1 and config.block_k > packing_cuda.CHUNK)
+        or (spills_sooner() and (config == GEMV_FOUR or (config.block_m > FEW and config.block_k == GEMV_FULL.block_k)))
+    )
     if n_pad % config.block_n or k_pad < config.block_k or full:
         return None
     return replace(config, block_m=1 << (m - 1).bit_length()) if few else config
@@ -55,7 +61,8 @@ GEMV_SHORT = Config(8, 16, 128, 1, 1)
 
 
 def _gemv_keywords(p: Problem, config: Config) -> dict[str, Any]:
-    return keywords(p, config) | _orders()
+    # in what order this Triton gives threads what they load, and K of a dot's operands (int4_gemv.py.jinja)
+    return keywords(p, config) | {"LAST_FIRST": triton_version() >= (3, 7), "BY_TWO": triton_version() >= (3, 8)}
 
 
 def _gemv(wanted: Callable[[Problem], bool], *defaults: Default, without: tuple[Config, ...] = ()) -> Kernel:

@@ -31,8 +31,12 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     warps = min(config.num_warps, max(1, k // int4_few.OF_A_WARP))
     # a thread loads eight scales at once: of more rows they would be another's
     most = 16 if p.groups == 1 and p.m == 1 else 8
-    if int(p.m) > 2 and (warps < 4 or (p.groups > 1 and p.zero is not None and not p.symmetric)):
+    zeros = p.groups > 1 and p.zero is not None and not p.symmetric
+    tight = int4_few.spills_sooner()
+    if int(p.m) > 2 and (warps < 4 or zeros or (tight and not p.symmetric)):
         most = 4  # more would not stay in registers, with zeros of both sides for every group
+    if int(p.m) > 2 and zeros and tight:
+        warps = min(warps, 4)
     return replace(
         config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * int4_few.OF_A_WARP,
         num_warps=warps,
