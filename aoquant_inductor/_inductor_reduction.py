@@ -39,7 +39,7 @@ def rows_in_registers() -> Iterator[None]:
     (fixed,) = private("torch._inductor.codegen.triton", "FixedTritonConfig")
     theirs = type(v.choices)
 
-    # static or not, as they are from one torch to the next
+    # methods, and asked by super(): which of Inductor's are static differs from one torch to the next
     class Choices(theirs):  # type: ignore[misc, valid-type]
         def should_use_persistent_reduction(self, features: Any, cooperative_reduction: bool) -> bool:
             length = features.reduction_numel

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -147,9 +148,10 @@ def run(
         torch.save(result.cpu(), reference)
         error = ""
     else:
-        error = f"{sqnr_db(torch.load(reference, weights_only=True), result.cpu()):.2f}"
-        if error == "nan":
+        decibels = sqnr_db(torch.load(reference, weights_only=True), result.cpu())
+        if math.isnan(decibels):
             raise RuntimeError("the result is not finite")
+        error = f"{decibels:.2f}"
     ours = scheme not in ("bf16", EAGER) and not split(scheme)[0]
     done, linears = quantized(case, model, function) if ours else (0, 0)
     if ours and not done:
@@ -229,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(found[which]) < wanted.count(which):
                 continue
             name, scheme = which
-            if failed := {str(each): None for each in found[which] if isinstance(each, turns.Failed)}:
+            if failed := dict.fromkeys(str(each) for each in found[which] if isinstance(each, turns.Failed)):
                 refused += [f"{name} {scheme}: {message}" for message in failed]
                 continue
             done = sorted((json.loads(str(each)) for each in found[which]), key=lambda row: row["ms"])

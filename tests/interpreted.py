@@ -125,7 +125,6 @@ PARTS = [
     ("int8wo-128", "float16", 1, 512), ("int4wo-32-asym", "float16", 5, 96),
 ]
 ROWS = tuple(f"int4wo-{size}-large8" for size in ("128", "32-asym", "row", "row-asym", "64-asymfloat", "256-asym", "256-asymfloat"))
-ROWS = tuple(f"int4wo-{size}-large8" for size in ("128", "32-asym", "row", "row-asym", "64-asymfloat", "256-asym", "256-asymfloat"))
 
 
 def launch(r: offline.Rendered, y: torch.Tensor, folder: Path) -> list[torch.Tensor]:

@@ -98,7 +98,8 @@ def test_a_tail_is_priced_by_the_steps_of_a_multiprocessor() -> None:
     assert slow == pytest.approx(cost.us(192, 64, 132, read) + written)
     adding = costs.of_split(2, 60, 256 * 128, 132, costs.costs()["W8A16 sliced", ""])
     assert fast - adding == pytest.approx(cost.us(132, 96, 132, read, before=1) + written)
-    assert cost.us(132, 96, 132, read, before=1) > cost.us(132, 96, 132, read) and fast < slow  # one after the other hides nothing
+    assert cost.us(132, 96, 132, read, before=1) > cost.us(132, 96, 132, read)  # one after the other hides nothing
+    assert fast < slow and fast / slow == pytest.approx(90.17 / 95.21, rel=0.07)  # as measured, h200.tune.csv
 
 
 @pytest.mark.parametrize("block", [(64, 32), (64, 64), (256, 128)])  # added up by the last program, by all; with a tail

@@ -19,22 +19,15 @@ from test_triton_offline import distinct
 
 from aoquant_inductor import _inductor_machine, card, ptxas
 from aoquant_inductor.machine_code import disassemble, hazards
-from aoquant_inductor.templates import Config, Kernel, int4, linear
+from aoquant_inductor.templates import Config, Kernel, int4, int4_few, linear
 
 NEWER = ptxas.installed()
 SCHEMES = {
     "int8wo": linear.INT8_WEIGHT_ONLY, "int4wo-128": int4.SUMS, "int4wo-128-asym": int4.SUMS, "int4wo-32-asym": int4.ONE_SUM,
     "int4wo-row": int4.ONE_SUM, "int4wo-64-asymfloat": int4.ONE_SUM,
 }
-# seconds each: every other config has a bias, where the next scheme has it without
-CARRIED = [
-    (scheme, kernel, config, (i + j) % 2 == 0)
-    for j, (scheme, kernel) in enumerate(SCHEMES.items()) for i, config in enumerate(c for c in distinct(kernel) if c.carried)
-]
-CARRIED += [  # with a bias the first has 8 bytes on the stack by Triton 3.8, by 3.9 none
-    ("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W_CARRIED, split_k=3), False),
-    ("int4wo-128", int4.SUMS, replace(int4.L_CARRIED, split_k=6), True),
-]
+CARRIED = [(scheme, kernel, config) for scheme, kernel in SCHEMES.items() for config in distinct(kernel) if config.carried]
+CARRIED += [("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W_CARRIED, split_k=3)), ("int4wo-128", int4.SUMS, replace(int4.L_CARRIED, split_k=6))]
 needs_newer = pytest.mark.skipif(NEWER is None, reason="no ptxas of nvidia-cuda-nvcc, of the extra dev")
 
 
@@ -62,9 +55,12 @@ def machine_code(rendered: offline.Rendered, folder: Path) -> str:
 
 
 @needs_newer
-@pytest.mark.parametrize(("scheme", "kernel", "config", "bias"), CARRIED, ids=lambda v: str(v) if isinstance(v, Config) else "")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scheme", "kernel", "config"), CARRIED, ids=lambda v: str(v) if isinstance(v, Config) else "")
 def test_a_new_ptxas_makes_every_carried_config_right(scheme: str, kernel: Kernel, config: Config, bias: bool, tmp_path: Path) -> None:
     assert NEWER is not None and card.version_of(str(NEWER)) >= card.SAFE_PTXAS
+    if config == replace(linear.W_CARRIED, split_k=3) and bias and int4_few.spills_sooner():
+        pytest.skip("8 bytes on the stack by Triton 3.8; no choice (costs.SPLITS)")
     n, k = (17920, 512) if config.tail else (256, 2048)  # more tiles than multiprocessors
     with assembler(NEWER, tmp_path):
         rendered = offline.render(scheme, 256, n, k, torch.bfloat16, bias=bias, config=(kernel, config))

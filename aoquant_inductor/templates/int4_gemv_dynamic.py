@@ -32,11 +32,10 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     # a thread loads eight scales at once: of more rows they would be another's
     most = 16 if p.groups == 1 and p.m == 1 else 8
     zeros = p.groups > 1 and p.zero is not None and not p.symmetric
-    tight = int4_few.spills_sooner()
-    if int(p.m) > 2 and (warps < 4 or zeros or (tight and not p.symmetric)):
-        most = 4  # more would not stay in registers, with zeros of both sides for every group
-    if int(p.m) > 2 and zeros and tight:
-        warps = min(warps, 4)
+    if int(p.m) > 2:  # more would not stay in registers, with zeros of both sides for every group
+        tight = int4_few.spills_sooner()
+        most = 4 if warps < 4 or zeros or (tight and not p.symmetric) else most
+        warps = min(warps, 4) if zeros and tight else warps
     return replace(
         config, block_m=1 << (int(p.m) - 1).bit_length(), block_n=min(config.block_n, most), block_k=warps * int4_few.OF_A_WARP,
         num_warps=warps,
