@@ -14,9 +14,9 @@ from aoquant_inductor.card import SAFE_PTXAS, UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel
 
-NEAR, NEAR_ELSEWHERE = 1.35, 2.0
+NEAR, NEAR_ELSEWHERE, MOST = 1.35, 2.0, 16
 """A search measures what should take at most so many times as long as the cheapest config: where costs.csv was measured (of 363
-problems two had their fastest config farther off), and on other cards.
+problems two had their fastest config farther off), and on other cards; and not more configs than MOST.
 """
 
 
@@ -88,7 +88,7 @@ def search(p: Problem, card: Card, kernels: list[Kernel]) -> list[tuple[Kernel, 
     able = [(one, config) for one in kernels[: first if priced else None] for config in one.able(p, card)]
     rows = 1 << (ir.rows_hint(p.m) - 1).bit_length()
     high = [(one, config) for one, config in able if min(rows // 4, 64) <= config.block_m <= max(16, 2 * rows)]
-    wanted = (high or able) + [(one, config) for us, one, config in priced if us <= most]
+    wanted = (high or able) + [(one, config) for us, one, config in priced[:MOST] if us <= most]
     return list({(kernel.template, config): (kernel, config) for kernel, config in reversed(wanted)}.values())[::-1]
 
 

@@ -75,6 +75,7 @@ BY_PTXAS = {
         ("int8wo", 28672, 4096, 4096, "256x128x64 swapped carried tma tail split 4"),
         ("int4wo-128", 28672, 4096, 4096, "256x128x128 carried tma scaled tail split 4"), ("int4wo-128", 4096, 4096, 512, "128x128x128 carried tma scaled"),
         ("int8wo", 18944, 3584, 256, "256x128x64 swapped carried tma tail split 8"),
+        ("int8wo", 5120, 13824, 256, "256x128x64 swapped carried tma split 3"), ("int4wo-128", 5120, 13824, 64, "64x64x128 split 3"),
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int8wo", 1280, 5120, 1024, None), ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),
         ("int8wo", 5120, 1280, 1024, None), ("int4wo-128", 5120, 1280, 1024, None), ("int4wo-32", 5120, 1280, 1024, None),

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 FILE = Path(__file__).parent / "costs.csv"
 COLUMNS = ("kernel", "config", "start", "step", "pair", "full")
 BF16 = ("bf16", "")
-SPLITS = (1, 2, 4, 8, 16)  # of K that are thought of; 3, 6 and 12, which run as well, were not measured
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # of K that are thought of; one of five and of seven were never the fastest (H200)
 SPLIT_AREA = 8192  # elements of a tile, the unit of what adding up its parts costs
 SLICED_AREA = 4096  # elements of a tile, from which on each of its programs adds up some rows, not the last to come all
+MOST_SLICED = 8  # programs of such a tile: 12 and 16 were the fastest of no problem (H200)
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
 MOST_WAVES = 4  # of programs that share their tiles
 PAIR = 2  # programs of a multiprocessor
@@ -86,7 +87,8 @@ def slices(split: int) -> int:
 def splits_fit(split: int, tiles: int, area: int, sms: int) -> bool:
     """Whether it is worth a thought: programs that add up a tile together have to run at the same time."""
     waves = (1 if area >= FULL_AREA else 2) if sliced(area) else MOST_WAVES
-    return split == 1 or split * tiles <= waves * sms
+    few = split <= MOST_SLICED or not sliced(area)
+    return split == 1 or (few and split * tiles <= waves * sms)
 
 
 def split_of(label: str, area: int) -> tuple[str, str]:

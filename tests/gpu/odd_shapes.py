@@ -12,7 +12,7 @@ SCHEMES = ("int8wo", "int8wo-64", "int8dq-asymact", "int4wo-128-asym", "int4wo-3
 SHAPES = ((33, 64), (203, 1040), (71, 2112))
 MANY = (("int8dq-asymact", "int8dq-int4w"), (4231, 1040), 2051)
 """Tiles enough for programs that each have several."""
-COPIED = (("int8wo", "int8wo-64", "int4wo-128-asym"), (203, 2112), 1100)
+COPIED = (("int8wo", "int8wo-64", "int4wo-128-asym"), (203, 4160), 1700)
 """Too few tiles for the card: a copy of the weight in bf16, for cuBLAS."""
 
 
