@@ -115,15 +115,15 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
     us, memory, written = (torch.tensor([getattr(r, name) for r in measured]) for name in ("us", "memory", "written"))
-    # [start, what a step takes more than pair when it has nobody to hide its waits behind, pair, full]
-    first = torch.tensor([3.0, 0.3, 0.3, 0.3]).log().repeat(len(configs), 1)
+    # [start, what a step takes more than pair when it has nobody to hide its waits behind, pair, full as a multiple of it]
+    first = torch.tensor([3.0, 0.3, 0.3, 1.2]).log().repeat(len(configs), 1)
     raw, split = first.clone(), torch.tensor([1.0, 0.3, 0.3]).log().repeat(max(1, len(ways)), 1)
     raw.requires_grad_(), split.requires_grad_()
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        start, alone, pair, full = raw.exp().unbind(1)
-        cost = torch.stack([start, pair * (1 + alone), pair, full], 1)
+        start, alone, pair, more_than_pair = raw.exp().unbind(1)
+        cost = torch.stack([start, pair * (1 + alone), pair, pair * more_than_pair], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
         more = is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)

@@ -79,7 +79,7 @@ BY_PTXAS = {
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int8wo", 1280, 5120, 1024, None), ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 1280, 5120, 1024, None),
         ("int8wo", 5120, 1280, 1024, None), ("int4wo-128", 5120, 1280, 1024, None), ("int4wo-32", 5120, 1280, 1024, None),
-        ("int4wo-128", 5120, 1280, 256, "128x128x128 carried tma scaled"), ("int4wo-128", 3840, 1280, 1024, "128x128x128 carried tma scaled"),
+        ("int4wo-128", 5120, 1280, 256, "128x64x128 carried tma scaled"), ("int4wo-128", 3840, 1280, 1024, "128x128x128 carried tma scaled"),
     ],
 }
 """What is fastest at (scheme, N, K, M), None where that is the portable lowering; carried sums need the newer ptxas."""

@@ -59,10 +59,11 @@ L32 = Config(32, 64, 128, 4, 4, split_k=FILL_TWICE)
 L64 = Config(64, 64, 128, 4, 4, split_k=FILL_TWICE)
 L64_WIDE = Config(64, 128, 128, 8, 3)
 L128 = Config(128, 64, 128, 4, 3, split_k=FILL_TWICE)
+L128_CARRIED = replace(_scaled(L128), carried=True, tma=True)
 L128_WIDE = _scaled(Config(128, 128, 128, 8, 3))
 L256 = _scaled(Config(256, 128, 128, 8, 3))
 L_CARRIED = replace(L256, carried=True, tma=True)
-L128_CARRIED = replace(L_CARRIED, block_m=128, num_warps=4)  # 2 to 10 % faster than with 8, but for groups below 128 (H200)
+L128_WIDE_CARRIED = replace(L_CARRIED, block_m=128, num_warps=4)  # 2 to 10 % faster than by 8, but for small groups (H200)
 
 LARGE = (
     L128_WIDE, L256, replace(L256, split_k=FILL_TWICE), L_CARRIED, replace(L_CARRIED, split_k=FILL), replace(L_CARRIED, tail=1),
@@ -73,7 +74,7 @@ SUMS = Kernel(
     (
         L16, L16_LONG, replace(L16_LONG, split_k=4 * FILL), L32, Config(32, 128, 128, 8, 4, split_k=FILL), L64, L64_WIDE,
         Config(64, 64, 256, 4, 3, split_k=FILL_TWICE), _scaled(L64_WIDE), L128, _scaled(L128),
-        replace(_scaled(L128), carried=True, tma=True), replace(L128_CARRIED, split_k=FILL), *LARGE,
+        L128_CARRIED, replace(L128_WIDE_CARRIED, split_k=FILL), *LARGE,
     ),
     keywords, label="W4A16",
 )
@@ -81,7 +82,7 @@ L32_LONG = Config(32, 64, 256, 4, 3, split_k=FILL_TWICE)
 S16, S32, S64_WIDE, S64, S128 = (_scaled(config) for config in (L16_LONG, L32_LONG, L64_WIDE, L64, L128))
 ONE_SUM = Kernel(
     "int4_linear", lambda p, card: p.layout == "cuda_bf16" and _one_sum(p),
-    (S16, replace(S16, split_k=4 * FILL), S32, S64_WIDE, S64, S128, *LARGE),
+    (S16, replace(S16, split_k=4 * FILL), S32, S64_WIDE, S64, S128, L128_CARRIED, *LARGE),
     keywords, _one_sum_adapt, label="W4A16 one sum",
 )
 
