@@ -21,7 +21,7 @@ import torch
 from aoquant_inductor import activations, packing, qparams
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import Config, Kernel, int4_few
+from aoquant_inductor.templates import Config, Kernel, int4, int4_few
 from benchmarks import render as render_module
 from benchmarks.render import Rendered, call, kernel, load
 
@@ -258,6 +258,8 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
 
 def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
     """Whether the kernel has no such config for the scheme: more zeros than registers, or more or fewer rows."""
+    if kernel is int4.ONE_SUM:
+        return "asym" in scheme and replace(config, split_k=2) == replace(int4.L128_CARRIED, split_k=2)
     if kernel.template == "int4_fma":
         return scheme == "int4wo-32-asym" and config.block_n > 4
     if kernel.template == "int4_gemv":

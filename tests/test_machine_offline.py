@@ -23,10 +23,10 @@ from aoquant_inductor.templates import Config, Kernel, int4, int4_few, linear
 
 NEWER = ptxas.installed()
 SCHEMES = {
-    "int8wo": linear.INT8_WEIGHT_ONLY, "int4wo-128": int4.SUMS, "int4wo-128-asym": int4.SUMS, "int4wo-32-asym": int4.ONE_SUM,
+    "int8wo": linear.INT8_WEIGHT_ONLY, "int4wo-128": int4.SUMS, "int4wo-128-asym": int4.SUMS, "int4wo-32": int4.ONE_SUM, "int4wo-32-asym": int4.ONE_SUM,
     "int4wo-row": int4.ONE_SUM, "int4wo-64-asymfloat": int4.ONE_SUM,
 }
-CARRIED = [(scheme, kernel, config) for scheme, kernel in SCHEMES.items() for config in distinct(kernel) if config.carried]
+CARRIED = [(scheme, kernel, config) for scheme, kernel in SCHEMES.items() for config in distinct(kernel) if config.carried and not offline.crowded(scheme, 256, kernel, config)]
 IN_THREE = [("int8wo", linear.INT8_WEIGHT_ONLY, replace(linear.W_CARRIED, split_k=3)), ("int4wo-128", int4.SUMS, replace(int4.L_CARRIED, split_k=3))]
 CARRIED += [*IN_THREE, *((scheme, kernel, replace(config, split_k=6)) for scheme, kernel, config in IN_THREE)]
 needs_newer = pytest.mark.skipif(NEWER is None, reason="no ptxas of nvidia-cuda-nvcc, of the extra dev")

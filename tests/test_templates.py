@@ -44,10 +44,11 @@ def problem(scheme: str, n: int, k: int, m: int, card: Card = H100, quantizing: 
         layout, w = "wgmma" if not dynamic and card.arch == 90 and k % 64 == 0 else "plain", Node((n, k), torch.int8)
     symmetric = choice.activation.symmetric if choice.activation is not None and quantizing else None
     row, scale = Node((m, 1), torch.float32), Node((k // group if group else 1, n), bf16 if group else torch.float32)
+    zero = None if choice.weight.symmetric else Node(scale.size, torch.int8 if choice.weight.zero_point == "int" else bf16)
     x = Node((m, k), torch.int8 if dynamic and not quantizing else bf16)
     return Problem(
-        x, row if dynamic and not quantizing else None, None, w, scale, None, None, None,
-        (k, n, choice.weight.dtype, group, "int", layout), bf16, (m,), m, torch.device("cuda"), symmetric,
+        x, row if dynamic and not quantizing else None, None, w, scale, zero, None, None,
+        (k, n, choice.weight.dtype, group, choice.weight.zero_point, layout), bf16, (m,), m, torch.device("cuda"), symmetric,
         k * x.dtype.itemsize % 16 == 0,
     )
 
