@@ -32,14 +32,15 @@ def origin(rows: Sequence[Row]) -> str:
     return f"{several('card')}, {threads}torch {several('torch')}, commit {several('commit')}"
 
 
-def linears(path: Path) -> list[Row]:
-    """One row per shape, M and scheme: of two modes the default one, of bf16's the faster, which the ratios are against.
+def linears(path: Path, *further: str) -> list[Row]:
+    """One row per shape, M, scheme and `further` columns: of two modes the default one, of bf16's the faster, which the ratios
+    are against.
 
     The largest weight first, then by M, whenever they were measured.
     """
     found: dict[tuple[str, ...], Row] = {}
-    for row in newest(path, "shape", "m", "scheme", "mode"):
-        key = row["shape"], row["m"], row["scheme"]
+    for row in newest(path, "shape", "m", "scheme", "mode", *further):
+        key = tuple(row[column] for column in ("shape", "m", "scheme", *further))
         if key not in found or (
             float(row["value"]) < float(found[key]["value"]) if row["scheme"] == "bf16" else row["mode"] == "default"
         ):

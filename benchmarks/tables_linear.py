@@ -27,18 +27,24 @@ def linear(card: str, *names: str) -> str:
 
 
 def peers(card: str, *shapes: str) -> str:
-    """Microseconds of bf16, of ours and of each peer at one row and 16, and speed against bf16, each of its own run."""
+    """Microseconds of bf16, ours and each peer at one row and 16, and speed against bf16, of the last run that had peers."""
     path = RESULTS / f"{card}.linear.csv"
-    rows = [row for row in linears(path) if row["shape"] in shapes and row["m"] in ("1", "16")]
-    found = {(row["shape"], row["m"], row["scheme"]): row for row in rows}
-    shown = dict.fromkeys((row["shape"], row["m"], split(row["scheme"])[1]) for row in rows if split(row["scheme"])[0])
+    rows = [row for row in linears(path, "date") if row["shape"] in shapes and row["m"] in ("1", "16")]
+    found = {(row["shape"], row["m"], row["scheme"], row["date"]): row for row in rows}
+    runs: dict[tuple[str, str, str], str] = {}  # when
+    for row in rows:
+        whose, scheme = split(row["scheme"])
+        if whose:
+            key = row["shape"], row["m"], scheme
+            runs[key] = max(row["date"], runs.get(key, ""))
     table, seen = [], []
-    for shape, m, scheme in shown:
-        cells = [found.get((shape, m, name)) for name in ("bf16", scheme, *(f"{peer} {scheme}" for peer in PEERS))]
-        text = ["-" if c is None else f"{float(c['value']):.1f}" for c in cells[:1]]
-        text += ["-" if c is None else f"{float(c['value']):.1f} us, {bold(float(c['ratio']))}" for c in cells[1:]]
-        table.append([f"{shape}, M = {m}, {scheme}", *text])
-        seen += [c for c in cells if c is not None]
+    for (shape, m, scheme), date in runs.items():
+        cells = [found.get((shape, m, name, date)) for name in (scheme, *(f"{peer} {scheme}" for peer in PEERS))]
+        text = ["-" if c is None else f"{float(c['value']):.1f} us, {bold(float(c['ratio']))}" for c in cells]
+        there = [c for c in cells if c is not None]
+        bf16 = float(there[0]["value"]) * float(there[0]["ratio"])
+        table.append([f"{shape}, M = {m}, {scheme}", f"{bf16:.1f}", *text])
+        seen += there
     return markdown(["N x K", "bf16, us", "aoquant", *PEERS], table) + source(seen, path)
 
 

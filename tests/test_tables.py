@@ -31,8 +31,12 @@ def test_a_table_takes_the_newest_row_and_leaves_wrong_kernels_out(tmp_path: Pat
 
 
 def test_a_table_of_peers_has_ours_and_theirs_of_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = "shape,m,scheme,mode,value,ratio,card,threads,torch,commit\n"
-    wanted = "8x16,1,bf16,default,9,1 8x16,1,int8wo,default,4.5,2 8x16,1,torchao int8wo,fast,18,0.5 8x16,4,torchao int8wo,fast,7,1"
+    head = "shape,m,scheme,mode,value,ratio,date,card,threads,torch,commit\n"
+    wanted = (
+        "8x16,1,bf16,default,8,1,1 8x16,1,int8wo,default,3,2.7,1 8x16,1,torchao int8wo,fast,5,1.6,1 "
+        "8x16,1,bf16,default,9,1,2 8x16,1,int8wo,default,4.5,2,2 8x16,1,torchao int8wo,fast,18,0.5,2 8x16,4,torchao int8wo,fast,7,1,2 "
+        "8x16,1,bf16,default,7,1,3 8x16,1,int8wo,default,3,2.3,3"  # a later run without peers
+    )
     (tmp_path / "card.linear.csv").write_text(head + "\n".join(f"{row},c,1,t,1" for row in re.split(r" (?=8x)", wanted)) + "\n")
     monkeypatch.setattr(tables_linear, "RESULTS", tmp_path)
     table = tables_linear.peers("card", "8x16")
