@@ -122,8 +122,8 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     optimizer = torch.optim.Adam([raw, split], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        start, alone, pair, more_than_pair = raw.exp().unbind(1)
-        cost = torch.stack([start, pair * (1 + alone), pair, pair * more_than_pair], 1)
+        start, alone, pair, times_pair = raw.exp().unbind(1)
+        cost = torch.stack([start, pair * (1 + alone), pair, pair * times_pair], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
         more = is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)

@@ -47,7 +47,7 @@ def _one_sum(p: Problem) -> bool:
 
 def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
     if p.zero is not None and replace(config, split_k=L128_CARRIED.split_k) == L128_CARRIED:
-        return None  # by pointers 5 to 9 % faster where a tile waits for few others (H200: 1280x5120, 3840x1280, M = 256)
+        return None  # by pointers 9 and 6 % faster at 1280x5120 and 3840x1280, M = 256, 5 % slower at 5120x1280 (H200)
     return replace(config, extra=()) if p.groups == 1 else config
 
 
