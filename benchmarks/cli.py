@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import machine, measure
 
 
 def parser(description: str, reps: int, schemes: Sequence[str]) -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     """The arguments; sets torch's threads, and notes the commit now, since the tree may move on during a run."""
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
-    measure.commit()
+    machine.commit()
     return args
 
 
@@ -37,7 +37,7 @@ def finish(written: Sequence[Mapping[str, Any]], text: str, refused: Sequence[st
     if args.json:
         print(json.dumps({"rows": list(written), "refused": list(refused)}, indent=1))
     else:
-        print(f"{measure.card(args.device)[1]}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)")
+        print(f"{machine.card(args.device)[1]}, torch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)")
         print(text)
         for line in refused:
             print(f"REFUSED {line}")

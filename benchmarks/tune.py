@@ -3,13 +3,13 @@
 Every config of every kernel that fits is rendered by Inductor and compiled in parallel processes, checked for equality with
 the reference on integer-valued operands, and timed inside a CUDA graph over copies of the weight, of its scales and of the
 result that hold more than the L2 cache, after a while under that load: some kernels meet the card's power limit only then.
-`--space FILE` is Python that defines SPACE, kernel name -> configs, to try instead of the kernels' own.
+`--space FILE` is Python that defines SPACE(problem), kernel name -> configs, to try instead of the kernels' own, and may define
+PROBLEMS, (scheme, N, K, M) of each, instead of all schemes at all shapes and M.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import runpy
@@ -32,7 +32,7 @@ from aoquant_inductor.card import Card
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS, QUANTIZING, Config
-from benchmarks import measure, render, shapes
+from benchmarks import machine, measure, render, shapes
 
 COLD_BYTES = 320e6
 SCALES = (1e-3, 2e-3)
@@ -185,18 +185,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--shapes", default="llama8b-o,llama8b-gate-up,llama8b-down", help="comma-separated NxK or names")
     p.add_argument("--m", default="1,16,64,256,1024,4096")
     p.add_argument("--quantizing", action="store_true", help="kernels that quantize x themselves, for few rows")
-    p.add_argument("--space", type=Path, help="Python that defines SPACE(problem) -> kernel name -> configs")
+    p.add_argument("--space", type=Path, help="Python that defines SPACE and may define PROBLEMS")
     p.add_argument("--load", type=float, default=0.1, help="seconds of a config before it is timed (default: %(default)s)")
     p.add_argument("--best", type=int, default=4, help="configs printed per problem")
-    p.add_argument("--csv", type=Path)
+    p.add_argument("--csv", type=Path, help="where to append the rows of each problem once it is measured")
     p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     args = p.parse_args(argv)
-    space = runpy.run_path(str(args.space))["SPACE"] if args.space else _own
+    given = runpy.run_path(str(args.space)) if args.space else {}
+    space = given.get("SPACE", _own)
     problems = [
-        Problem(s, *shape, m, args.quantizing)
-        for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in map(int, args.m.split(","))
+        Problem(*of, args.quantizing)
+        for of in given.get("PROBLEMS") or (
+            (s, *shape, m)
+            for s in args.schemes.split(",") for shape in shapes.parse(args.shapes) for m in map(int, args.m.split(","))
+        )
     ]
-    rows: list[dict[str, Any]] = []
+    around = machine.environment("cuda") | {"ptxas": ".".join(map(str, Card.of(torch.device("cuda", 0)).ptxas))}
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=f"{folder}/cache"),  # Inductor gives its processes another one
@@ -209,20 +213,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             for problem in problems
         }
-        print(f"{measure.card('cuda')[1]}, torch {torch.__version__}: {sum(map(len, built.values()))} configs", flush=True)
+        print(f"{machine.card('cuda')[1]}, torch {torch.__version__}: {sum(map(len, built.values()))} configs", flush=True)
         for problem, futures in built.items():
             found = sorted(tune(problem, futures, args.load), key=lambda row: row["us"])
-            rows += [{**vars(problem), **row} for row in found]
+            if args.csv:
+                measure.extend(args.csv, [{**vars(problem), **row} | around for row in found])
             print(f"{problem.scheme} {problem.n}x{problem.k} M={problem.m}")
             for row in [*found[: args.best], *(r for r in found[args.best :] if r["kernel"] == "bf16" or "WRONG" in r["note"])]:
                 print(f"  {row['us']:9.2f} us {row['ratio']:5.2f}x {row['kernel']} {row['config']} {row['note']}", flush=True)
             torch.cuda.empty_cache()
-    if args.csv:
-        around = measure.environment("cuda") | {"ptxas": ".".join(map(str, Card.of(torch.device("cuda", 0)).ptxas))}
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *around], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | around for row in rows)
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not in the wheel
 
-from benchmarks import bench_host, bench_linear, build, measure, shapes
+from benchmarks import bench_host, bench_linear, build, machine, measure, shapes
 
 COLUMNS = [
     *("bench", "shape", "m", "scheme", "mode", "what", "value", "unit", "ratio", "min", "p20", "p80", "reps"),
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(folder: Path, bench: str) -> list[dict[str, str]]:
-    path = folder / f"{measure.card('cpu')[0]}.{bench}.csv"
+    path = folder / f"{machine.card('cpu')[0]}.{bench}.csv"
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -80,7 +80,7 @@ def test_bench_host_writes_rows_and_appends(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / f"{measure.card('cpu')[0]}.host.csv"
+    path = tmp_path / f"{machine.card('cpu')[0]}.host.csv"
     path.write_text("bench,value\n")
     with pytest.raises(ValueError, match="move it away"):
         measure.write([measure.row("host", "x", 1, "bf16", "", "y", [1.0])], "cpu", tmp_path)
@@ -118,9 +118,9 @@ def test_shapes_are_parsed_by_size_and_by_name() -> None:
 
 
 def test_slugs() -> None:
-    assert measure.slug("NVIDIA H200") == "h200"
-    assert measure.slug("AMD EPYC 7713 64-Core Processor") == "epyc-7713"
-    assert measure.slug("Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz") == "xeon-platinum-8480c"
+    assert machine.slug("NVIDIA H200") == "h200"
+    assert machine.slug("AMD EPYC 7713 64-Core Processor") == "epyc-7713"
+    assert machine.slug("Intel(R) Xeon(R) Platinum 8480C CPU @ 2.00GHz") == "xeon-platinum-8480c"
 
 
 def test_roofline_is_bytes_for_one_row_and_flops_for_many() -> None:
@@ -145,7 +145,7 @@ def test_bench_accuracy_scores_prefills_longer_than_the_threshold(tmp_path: Path
     monkeypatch.setattr(bench_accuracy, "LENGTH", 300)
     argv = ["--device", "cpu", "--tokens", "300", "--schemes", "int4wo-32,int4wo-32-large8", "--results", str(tmp_path)]
     assert bench_accuracy.main(argv) == 0
-    with (tmp_path / f"{measure.card('cpu')[0]}.accuracy.csv").open(newline="") as file:
+    with (tmp_path / f"{machine.card('cpu')[0]}.accuracy.csv").open(newline="") as file:
         base, plain, large = csv.DictReader(file)
     assert [row["scheme"] for row in (base, plain, large)] == ["bf16", "int4wo-32", "int4wo-32-large8"]
     assert (base["kl"], base["ppl_ratio"], plain["layers"], large["layers"]) == ("0", "1.0", "14", "14")
