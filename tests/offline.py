@@ -259,7 +259,7 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
 def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
     """Whether the kernel has no such config for the scheme: zeros, or more of them than registers, or more or fewer rows."""
     if kernel is int4.ONE_SUM:
-        return "asym" in scheme and replace(config, split_k=2) == replace(int4.L128_CARRIED, split_k=2)
+        return "asym" in scheme and config.carried and config.block_n == int4.L128_CARRIED.block_n
     if kernel.template == "int4_fma":
         return scheme == "int4wo-32-asym" and config.block_n > 4
     if kernel.template == "int4_gemv":

@@ -122,6 +122,17 @@ def test_a_fit_finds_the_costs_that_times_were_made_of(block: tuple[int, int]) -
     assert found[costs.split_of("W8A8", area)] == pytest.approx(split, rel=0.2)
 
 
+def test_a_config_measured_in_two_waves_alone_is_not_free_in_more() -> None:
+    """It was .3 us a step then, whatever a step took: less than in two, so that it was taken for thousands of tiles."""
+    true, measured = costs.Cost(3.0, 0.9, 0.6, 0.0), []
+    for tiles, steps in itertools.product((60, 132, 200, 264), (10, 20, 40, 80)):
+        us = true.us(tiles, steps, fit.SMS, 0.01)
+        measured.append(fit.Row(("h200", "int8dq", 128, 64, 64), "W8A8", "a config", 1, tiles, 8192, steps, us))
+    _, _, pair, full = fit.fit(measured)["W8A8", "a config"]
+    assert pair == pytest.approx(true.pair, rel=0.05)
+    assert full == pytest.approx(1.2 * pair, rel=0.1)
+
+
 def test_a_fit_finds_the_costs_of_cublas() -> None:
     true, measured = costs.Cost(3.0, 0.08, 0.0, 0.4), []
     for n, k, m in itertools.product((896, 5120, 28672), (896, 5120, 14336), (256, 1024, 4096)):
