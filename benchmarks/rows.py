@@ -11,6 +11,7 @@ Row = Mapping[str, str]
 EAGER = "eager bf16"
 LADDER = "-ladder"  # ends the names of the cases that climb a tutorial's steps
 PEERS = ("torchao", "gemlite")
+REFERENCES = ("bf16", "_int_mm")  # cuBLAS's, as the kernels of tune.csv
 
 
 def split(scheme: str) -> tuple[str, str]:
@@ -53,21 +54,37 @@ def best_configs(path: Path) -> dict[tuple[str, str, int], Row]:
     rows = [row for row in newest(path, "scheme", "n", "k", "m", "kernel", "config") if row["us"]]
     best: dict[tuple[str, str, int], Row] = {}
     for row in sorted(rows, key=lambda row: -float(row["us"])):
-        if row["kernel"] != "bf16" and "wrong" not in row["note"].lower():
+        if row["kernel"] not in REFERENCES and "wrong" not in row["note"].lower():
             best[row["scheme"], f"{row['n']}x{row['k']}", int(row["m"])] = row
     return best
 
 
 def of_models(path: Path) -> list[Row]:
-    return newest(path, "case", "scheme")
+    """The newest row of each case and scheme; `bf16_ms`: what bf16 took in the run that it is of, "" where bf16 was not in it.
+
+    A run writes bf16 first.
+    """
+    found: dict[tuple[str, str], Row] = {}
+    base: dict[tuple[str, str], Row] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            of = row["case"], row["mode"]
+            if row["scheme"] == "bf16":
+                base[of] = row
+            found[row["case"], row["scheme"]] = row | {"bf16_ms": base[of]["ms"] if of in base else ""}
+    return list(found.values())
 
 
 def speeds(rows: Sequence[Row], case: str) -> list[tuple[Row, float]]:
-    """(row, its speed against bf16 in the same mode) of one case, bf16 first; nothing where bf16 has no row."""
+    """(row, its speed against bf16 of its own run) of one case, bf16 first, of bf16's mode; nothing where bf16 has no row.
+
+    A row whose run had no bf16 is set against bf16's newest.
+    """
     own = sorted((row for row in rows if row["case"] == case), key=lambda row: row["scheme"] != "bf16")
     if not own or own[0]["scheme"] != "bf16":
         return []
-    return [(row, float(own[0]["ms"]) / float(row["ms"])) for row in own if row["mode"] == own[0]["mode"]]
+    same = [row for row in own if row["mode"] == own[0]["mode"]]
+    return [(row, float(row["bf16_ms"] or own[0]["ms"]) / float(row["ms"])) for row in same]
 
 
 def of_profiles(path: Path) -> dict[tuple[str, str], list[Row]]:

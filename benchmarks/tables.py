@@ -82,17 +82,23 @@ def _gigabytes(row: Row) -> str:
     return f"{float(row['resident_mb']) / 1e3:.2f} GB" if row["resident_mb"] else "-"
 
 
+def _step(row: Row, bf16: Row) -> str:
+    """Milliseconds; and what they are to be read against, where that is not the row of bf16 in the table."""
+    other = f"{float(row['bf16_ms']):.3f}" if row["bf16_ms"] else "not in its run"
+    return f"{float(row['ms']):.3f} ms" + (f" (bf16 {other})" if row["bf16_ms"] != bf16["ms"] else "")
+
+
 def model(card: str) -> str:
     """Every case and scheme of a card: speed against compiled bf16, rate, host time, memory, error."""
     path = RESULTS / f"{card}.model.csv"
     rows = of_models(path)
     table = [
         [
-            row["case"], row["scheme"], bold(speed), f"{float(row['rate']):,.1f} {row['unit']}", f"{float(row['ms']):.3f} ms",
+            row["case"], row["scheme"], bold(speed), f"{float(row['rate']):,.1f} {row['unit']}", _step(row, shown[0][0]),
             f"{float(row['host_ms']):.3f} ms" if row["host_ms"] else "-", _gigabytes(row),
             f"{row['error_db']} dB" if row["error_db"] else "-", row["quantized"] or "-",
         ]
-        for case in dict.fromkeys(row["case"] for row in rows) for row, speed in speeds(rows, case)
+        for shown in (speeds(rows, case) for case in dict.fromkeys(row["case"] for row in rows)) for row, speed in shown
     ]
     head = ["case", "scheme", "speed", "rate", "step", "host", "resident", "SQNR to bf16", "linears"]
     return markdown(head, table) + source(rows, path)

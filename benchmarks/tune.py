@@ -33,9 +33,14 @@ from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS, QUANTIZING, Config
 from benchmarks import machine, measure, render, shapes
+from benchmarks.rows import REFERENCES
 
 COLD_BYTES = 320e6
 SCALES = (1e-3, 2e-3)
+SPREAD = {8: 35.0, 4: 2.6}
+"""A normal weight's standard deviation in steps, where its largest, of 4096 and of 128, is at the range's end: at its power
+limit a card is slower on integers that fill the range alike.
+"""
 Space = Mapping[str, Sequence[Config]]
 
 
@@ -52,8 +57,8 @@ class Problem:
         scheme = resolve(self.scheme)
         spec = scheme.weight
         groups = n_groups(self.k, spec.group_size)
-        low, high = (-8, 8) if spec.bits == 4 else (-128, 128)
-        w_q = torch.randint(low, high, (self.n, self.k), dtype=torch.int8, device=device)
+        w = SPREAD[spec.bits] * torch.randn(self.n, self.k, device=device)
+        w_q = w.round().clamp(spec.qmin, spec.qmax).to(torch.int8)
         kind = torch.float32 if spec.group_size is None else torch.bfloat16
         scale = torch.ones(groups, self.n, dtype=kind, device=device)
         zero = None if spec.symmetric else torch.full((groups, self.n), 1, dtype=torch.int8, device=device)
@@ -116,7 +121,10 @@ def _text(config: Config) -> str:
 
 
 def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str]]], load: float) -> Iterator[dict[str, Any]]:
-    """A row per config, and one of cuBLAS's bf16; `load`: seconds of each before it is timed."""
+    """A row per config, one of cuBLAS's bf16 and, of int8 x int8, one of its _int_mm, whose int32 has no scale.
+
+    load: seconds of each before it is timed.
+    """
     op, tensors = problem.operands("cuda")
     expected = op(tensors).clone()
     exact = {name: tensors[name].clone() for name in tensors if name != "w"}
@@ -133,6 +141,11 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
     # by id of what is passed: what the next layer of a model has of its own
     layers = [{id(w): w_copy, id(scale): scale.clone().uniform_(*SCALES), id(y): torch.empty_like(y)} for w_copy in copies]
     yield {"kernel": "bf16", "config": "", "us": base, "ratio": 1.0, "note": ""}
+    if problem.m > 16 and tensors["x"].dtype == w.dtype == torch.int8 and w.shape == (problem.n, problem.k):
+        _randomize(tensors)
+        us = _time([lambda c=c: held.append(torch._int_mm(tensors["x"], c.t())) for c in copies], load)
+        held.clear()
+        yield {"kernel": "_int_mm", "config": "", "us": us, "ratio": base / us, "note": " no scale"}
     for kernel, config, future in built:
         row = {"kernel": kernel, "config": _text(config)}
         try:
@@ -219,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.csv:
                 measure.extend(args.csv, [{**vars(problem), **row} | around for row in found])
             print(f"{problem.scheme} {problem.n}x{problem.k} M={problem.m}")
-            for row in [*found[: args.best], *(r for r in found[args.best :] if r["kernel"] == "bf16" or "WRONG" in r["note"])]:
+            further = (r for r in found[args.best :] if r["kernel"] in REFERENCES or "WRONG" in r["note"])
+            for row in (*found[: args.best], *further):
                 print(f"  {row['us']:9.2f} us {row['ratio']:5.2f}x {row['kernel']} {row['config']} {row['note']}", flush=True)
             torch.cuda.empty_cache()
     return 0

@@ -101,6 +101,20 @@ def test_bars_of_models_need_a_baseline(results: Path) -> None:
     assert [bar.value for bar in panel.bars] == [1.0, 1.5, 0.75]
 
 
+def test_a_row_is_set_against_bf16_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [("torchao int8wo", 5), ("bf16", 4), ("int8wo", 2), ("torchao int8dq", 8), ("bf16", 6), ("int8wo", 2)]
+    same = {"unit": "call/s", "mode": "default", "host_ms": "", "resident_mb": "", "error_db": "", "quantized": ""}
+    found = [{"case": "toy", "scheme": scheme, "ms": float(ms), "rate": 1e3 / ms, **same} for scheme, ms in runs]
+    write(tmp_path, "model", found)
+    speed = {row["scheme"]: speed for row, speed in rows.speeds(rows.of_models(tmp_path / "card.model.csv"), "toy")}
+    assert speed == {"bf16": 1, "int8wo": 3, "torchao int8dq": 0.5, "torchao int8wo": 1.2}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = tables.model("card").splitlines()
+    assert [line.split(" | ")[4] for line in lines if line.startswith("| toy")] == [
+        "6.000 ms", "5.000 ms (bf16 not in its run)", "2.000 ms", "8.000 ms (bf16 4.000)"
+    ]
+
+
 def test_the_ladder_falls_from_its_first_rung(results: Path) -> None:
     (plot,) = plots.ladder(results)
     assert [panel.title for panel in plot.panels] == ["sam, default mode"]

@@ -22,12 +22,13 @@ def test_the_readme_holds_the_tables_of_the_result_files() -> None:
 
 def test_a_table_takes_the_newest_row_and_leaves_wrong_kernels_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = "scheme,n,k,m,kernel,config,us,ratio,note,card,threads,torch,commit\n"
-    rows = ["s,8,16,1,a,x,9.0,1.1,,c,1,t,1", "s,8,16,1,a,x,4.0,2.5,,c,1,t,2", "s,8,16,1,a,y,1.0,9.9,WRONG 3,c,1,t,2"]
+    rows = ["s,8,16,1,a,x,9.0,1.1,,c,1,t,1", "s,8,16,1,a,x,4.0,2.5,,c,1,t,2", "s,8,16,1,a,y,1.0,9.9,WRONG 3,c,1,t,2",
+            "s,8,16,1,_int_mm,,2.0,5.1,,c,1,t,2"]
     (tmp_path / "card.tune.csv").write_text(head + "\n".join(rows) + "\n")
     monkeypatch.setattr(tables_linear, "RESULTS", tmp_path)
     table = tables_linear.tune("card", "8x16")
     assert "| s, 8x16 | 4.0 us, 2.50x |" in table
-    assert "9.9" not in table
+    assert "9.9" not in table and "5.1" not in table
 
 
 def test_a_table_of_peers_has_ours_and_theirs_of_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
