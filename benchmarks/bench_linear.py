@@ -2,7 +2,8 @@
 
 cpu: CPU time of one thread, weights and x in whatever cache they fit (they are used again at once); bf16 is torch.compile's
      default mode, so is ours.
-cuda: device time inside a CUDA graph over copies of the layer, all in one compiled graph, that hold more than the L2 cache.
+cuda: device time inside a CUDA graph over copies of the layer, all in one compiled graph, that hold more than the L2 cache;
+     x is in that cache, as the kernel before leaves it.
      bf16 is compiled in default mode and with max-autotune-no-cudagraphs, and the faster one is what the ratios are against;
      ours in default mode, without a search, or with --search too. Each is timed after a tenth of a second of itself, as in a
      model made of it: one that is at the card's power limit is slower then, one behind it faster.
@@ -59,11 +60,15 @@ class Copies(nn.Module):
         return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
 
 
+def inputs(count: int, x: torch.Tensor) -> list[torch.Tensor]:
+    """As many inputs of one graph, in one memory: the more copies a scheme has, the more of theirs would leave the cache."""
+    return [x.view_as(x) for _ in range(count)]
+
+
 def prepare(problem: Problem, schemes: Sequence[str], search: bool, beside: bool) -> tuple[list[Series], list[str]]:
     """Everything to be measured, compiled and called once, bf16 first, and what was refused."""
-    kind = {"device": problem.device, "dtype": torch.bfloat16}
     most = max(problem.copies(16 if scheme == "bf16" else resolve(scheme).weight.bits) for scheme in ("bf16", *schemes))
-    xs = list(torch.randn(most, problem.m, problem.shape[1], **kind))
+    xs = inputs(most, torch.randn(problem.m, problem.shape[1], dtype=torch.bfloat16, device=problem.device))
     found: list[Series] = []
     refused: list[str] = []
 

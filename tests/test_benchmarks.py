@@ -54,6 +54,20 @@ def test_bench_linear_writes_a_row_per_scheme_and_m(tmp_path: Path, capsys: pyte
     assert f"losing rows (below 1.00x bf16): {len(losing)}" in out
 
 
+def test_copies_have_inputs_of_their_own_in_one_memory() -> None:
+    """Or a graph would do once what each layer of a model does, and x of many copies would not be in the cache."""
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(len({node.args[0] for node in graph.graph.nodes if node.target is torch.nn.functional.linear}))
+        return graph
+
+    xs = bench_linear.inputs(4, torch.randn(2, 16))
+    torch.compile(bench_linear.Copies(4, 8, 16), backend=backend, fullgraph=True)(xs)
+    assert seen == [4]
+    assert len({x.data_ptr() for x in xs}) == 1
+
+
 def test_copies_of_a_layer_are_one_graph_and_each_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CUDA clock needs; build.kernels() inside compares two copies, of different weights, with bf16's."""
     monkeypatch.setattr(bench_linear.Problem, "copies", lambda self, bits: 4)
