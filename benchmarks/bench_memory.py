@@ -3,7 +3,7 @@
 Every row starts from a fresh bf16 model on the device (models.py, random weights) and packs each of its linears as a compile
 with "release_weights" does, the original let go before the next one comes; nothing is compiled. `cpu` and `file` rows start
 from a model on the CPU, and from a meta model and safetensors: aoquant_inductor.load, so that the bf16 model is never on the
-device; --limit holds the device to so many GB meanwhile. The peer is torchao's quantize_, where it is installed. ratio is
+device; --limit holds the device to so many GB meanwhile. Peers (peers.py) quantize in place, where they are installed. ratio is
 bf16's resident bytes over the row's.
 """
 
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from aoquant_inductor import packing, watch
 from aoquant_inductor.entry import Release
 from aoquant_inductor.scheme import resolve
 from aoquant_inductor.weights import STORE
-from benchmarks import build, cli, measure, models_text, peer_torchao
+from benchmarks import build, cli, measure, models_text, peers
 from benchmarks.measure import Row
 
 BENCH = "memory"
@@ -54,9 +55,9 @@ def load(model: nn.Module, scheme: str, device: str, files: Sequence[Path] = ())
     return model
 
 
-def peer(model: nn.Module, scheme: str, device: str) -> nn.Module:
-    if not peer_torchao.quantize(model, scheme, device):
-        raise build.Refused("torchao has no such scheme, or is not installed")
+def peer(model: nn.Module, scheme: str, device: str, whose: str) -> nn.Module:
+    if not peers.PEERS[whose].quantize(model, scheme, device):
+        raise build.Refused(f"{whose} has no such scheme, or is not installed")
     return model
 
 
@@ -71,7 +72,9 @@ def on_meta(model: nn.Module, name: str, folder: Path) -> tuple[nn.Module, list[
     return empty, [path]
 
 
-WAYS: dict[str, Callable[..., nn.Module]] = {"pack": pack, "cpu": load, "file": load, "torchao": peer}
+WAYS: dict[str, Callable[..., nn.Module]] = {
+    "pack": pack, "cpu": load, "file": load, **{whose: partial(peer, whose=whose) for whose in peers.PEERS}
+}
 
 
 def memory(device: str) -> tuple[int, int]:
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with tempfile.TemporaryDirectory() as folder:
                     rows += measure_way(way, args.model, scheme, args.device, args.limit, Path(folder))
             except build.Refused as why:
-                refused += [] if way == "torchao" else [f"{args.model} {way} {scheme}: {why}"]
+                refused += [] if way in peers.PEERS else [f"{args.model} {way} {scheme}: {why}"]
     written: list[dict[str, Any]] = measure.write(rows, args.device, args.results)
     cells = [(f"{r.shape} {r.mode}", r.scheme, r.what, f"{r.value:.3f}", r.unit, str(r.ratio or "")) for r in rows]
     head = ("model, way", "scheme", "what", "value", "unit", "bf16 / this")
