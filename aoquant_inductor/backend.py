@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from aoquant_inductor import _inductor, emit, lowering, progress, ranges, release, rewrite, siblings, spellings
+from aoquant_inductor import _inductor, attention, emit, lowering, progress, ranges, release, rewrite, siblings, spellings
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
@@ -58,6 +58,7 @@ def _pipeline(
     names = Names(frame.root)
     differentiable = _needs_grad(gm, example_inputs, frame.root)
     regions.inline(gm, _may_be_linear, recompute=differentiable is not None)
+    attention.write_out(gm, rewrite.wanted(gm, example_inputs, names, opts, differentiable is not None))
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
     journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
@@ -89,7 +90,7 @@ def _pipeline(
 
 
 def _may_be_linear(node: fx.Node) -> bool:
-    return node.target in rewrite.LINEAR or spellings.may_be_linear(node)
+    return node.target in rewrite.LINEAR or spellings.may_be_linear(node) or attention.is_one(node)
 
 
 def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: Names, together: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from aoquant_inductor.weights import STORE
 LINEAR: tuple[Any, ...] = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear, torch.ops.aten.linear.default)))
 """The first two are one object in some versions, two in others; the last is what torch.export makes of them."""
 EMBEDDING = (torch.embedding, nn.functional.embedding)  # a tied head's weight: its linear may be in another graph
+PARTS = (operator.getitem, torch.ops.aten.chunk.default, torch.ops.aten.split_with_sizes.default)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,6 +44,14 @@ def weights_of(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> di
     """The placeholders of plain weights of nn.Linears."""
     real = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
     return {node: value for node, value in real if type(value) is nn.Parameter and names.is_linear(value)}
+
+
+def wanted(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options, training: bool) -> set[fx.Node]:
+    """The placeholders of plain matrices that have a scheme, whatever reads them; none that requires grad in `training`."""
+    real = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    plain = {n: v for n, v in real if type(v) is nn.Parameter and v.dim() == 2 and not (training and v.requires_grad)}
+    chosen = {n: decide(v, names.of(v, dynamo.source_name(n)), names.aliases(v), options) for n, v in plain.items()}
+    return {node for node, (_, scheme) in chosen.items() if scheme is not None}
 
 
 def of_other_ops(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
@@ -89,6 +99,20 @@ def _computed(weight: torch.Tensor, name: str, options: Options) -> tuple[Layer,
     if layer.reason == "not_parameter":
         layer = replace(layer, detail="has a weight that is computed at every call (a parametrization?), which stays as it is.")
     return layer, scheme
+
+
+def _part(
+    weight: fx.Node, real: Mapping[fx.Node, object], names: Names, options: Options
+) -> tuple[Layer, Scheme | None] | None:
+    """A linear whose weight is cut out of a parameter, as the attention of torch.nn cuts q, k and v where they differ."""
+    whole = weight
+    while whole.target in PARTS and isinstance(whole.args[0], fx.Node):
+        whole = whole.args[0]
+    if whole is weight or not isinstance(value := real.get(whole), nn.Parameter):
+        return None
+    part = weight.meta["example_value"]
+    layer, scheme = decide(part, names.of(value, dynamo.source_name(whole)), names.aliases(value), options)
+    return replace(layer, detail="is cut into parts by the graph; only a whole parameter is packed."), scheme
 
 
 def _is_distributed(weight: torch.Tensor) -> bool:
@@ -165,6 +189,8 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             value = real.get(weight)
             if (computed := names.of_computed(dynamo.module_name(node))) is not None:
                 layer, scheme = _computed(weight.meta["example_value"], computed, options)
+            elif (part := _part(weight, real, names, options)) is not None:
+                layer, scheme = part
             else:
                 known = names.of(value, dynamo.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
                 aliases = names.aliases(value) if isinstance(value, torch.Tensor) else ()
