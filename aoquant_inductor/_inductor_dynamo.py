@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -77,6 +78,13 @@ def backend_of(context: object) -> object | None:
     while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
         backend = inner
     return backend
+
+
+def told(backend: object) -> tuple[Any, str | None] | None:
+    """(options, mode) of a torch.compile by this backend; None for another one's."""
+    kwargs = getattr(backend, "kwargs", {})
+    ours = getattr(backend, "compiler_name", None) == "aoquant"
+    return (kwargs.get("options"), kwargs.get("mode")) if ours else None
 
 
 def origin_of(compiled: object) -> tuple[object, object | None, nn.Module | None] | None:

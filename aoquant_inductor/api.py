@@ -17,17 +17,25 @@ from aoquant_inductor.report import Report
 def report(compiled: object) -> Report:
     """What became of every linear that `compiled` has run so far, over all its graphs.
 
-    `compiled`: what torch.compile returned, or a module after module.compile(). Before the first call it is empty.
-    Raises TypeError for anything else.
+    `compiled`: what torch.compile returned, or a module after module.compile(). Before the first call, and where Dynamo runs it
+    eager, its linears are `not_called`. Raises TypeError for anything else.
     """
     from aoquant_inductor import _inductor_dynamo as dynamo
-    from aoquant_inductor.journal import find_log
+    from aoquant_inductor.journal import Log, find_log
+    from aoquant_inductor.names import Names
+    from aoquant_inductor.options import parse
 
     origin = dynamo.origin_of(compiled)
     if origin is None:
         raise TypeError(f"report() wants what torch.compile returned, not {type(compiled).__name__}.")
-    found = find_log(*origin)
-    return Report(()) if found is None else found.report()
+    if (found := find_log(*origin)) is not None:
+        return found.report()
+    _, backend, root = origin
+    log = Log(backend, root)
+    if root is not None and (told := dynamo.told(backend)) is not None:
+        log.plan(root, Names(root), parse(*told))
+    log.hint("no graph of it was compiled: it was not called yet, or Dynamo runs it eager (TORCH_LOGS=graph_breaks says why).")
+    return log.report()
 
 
 def refresh(compiled: object) -> int:

@@ -65,8 +65,7 @@ def _pipeline(
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)
     if frame.root is not None:
-        journal.planned = tuple(layer for _, layer, _ in rewrite.plan(frame.root, names, opts))
-        journal.others = tuple(names.others)
+        journal.plan(frame.root, names, opts)
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):
@@ -177,8 +176,8 @@ def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> 
 def _check_unsupported(opts: Options, layers: Sequence[Layer]) -> None:
     wanted = [layer for layer in layers if layer.scheme is not None]
     missed = [layer for layer in wanted if layer.reason not in (None, "grad")]
-    for layer in missed:
-        log.warning("%s %s", layer.name, layer.detail or layer.reason)
+    for text in dict.fromkeys(f"{layer.name} {layer.detail or layer.reason}" for layer in missed):
+        log.warning(text)
     if missed and opts.on_unsupported == "error":
         if len(missed) == len(wanted):
             raise NothingQuantized(len(layers), len(wanted), Counter(str(layer.reason) for layer in missed))

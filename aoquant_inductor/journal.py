@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from aoquant_inductor import native
-from aoquant_inductor.names import Other
+from aoquant_inductor import native, rewrite
+from aoquant_inductor.names import Names, Other
+from aoquant_inductor.options import Options
 from aoquant_inductor.report import Layer, Report, by_module, merge, uncalled
 
 log = logging.getLogger("aoquant_inductor")
@@ -59,6 +60,11 @@ class Log:
         self.compiled.add(tuple(layer.name for layer in graph.layers))
         self.entries += entries
         log.info(graph.summary())
+
+    def plan(self, root: nn.Module, names: Names, options: Options) -> None:
+        """What there is to be quantized in the module, for what no graph calls."""
+        self.planned = tuple(layer for _, layer, _ in rewrite.plan(root, names, options))
+        self.others = tuple(names.others)
 
     def hint(self, text: str | None) -> None:
         """Of one linear; the same is said once."""

@@ -33,6 +33,8 @@ T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "
 IMAGE = {**SMALL, "image_size": 32, "patch_size": 8}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 CONVNEXT = {"image_size": 32, "hidden_sizes": [16, 32, 32, 32], "depths": [1] * 4, "layer_scale_init_value": 1.0}
+CONVOLVED = {"conv_dim": [32] * 3, "conv_stride": [5, 2, 2], "conv_kernel": [10, 3, 3], "num_feat_extract_layers": 3}
+WAVE = {**SMALL, **CONVOLVED, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 DEEPSEEK = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
@@ -54,6 +56,7 @@ MODELS: Mapping[str, tuple[bool, str, Mapping[str, Any]]] = MappingProxyType(
         "t5": (False, "two texts", T5),
         "bart": (False, "two texts", {**TWO, "max_position_embeddings": 64}),
         "whisper": (False, "audio", {**TWO, "num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 32}),
+        "wavlm": (False, "waveform", WAVE),
         **{name: (False, "image", IMAGE) for name in ("vit", "dinov2", "siglip_vision_model", "clip_vision_model")},
         "swin": (False, "image", SWIN),
         "convnext": (False, "image", CONVNEXT),
@@ -74,6 +77,7 @@ def made(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
     inputs: dict[str, dict[str, Any]] = {
         "text": {"input_ids": ids}, "two texts": {"input_ids": ids, "decoder_input_ids": ids},
         "audio": {"input_features": torch.randn(2, 16, 64, dtype=BF16, device=device), "decoder_input_ids": ids},
+        "waveform": {"input_values": torch.randn(2, 1600, dtype=BF16, device=device)},
         "image": {"pixel_values": torch.randn(2, 3, 32, 32, dtype=BF16, device=device)},
     }
     return model.to(device).eval(), inputs[reads] | ({"use_cache": False} if headed else {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -36,7 +35,9 @@ class Two(nn.Module):
 def test_content_json_and_recompiles(caplog: pytest.LogCaptureFixture) -> None:
     model, x = Two().eval(), tokens()
     function = compiled(model, {"a": "int4wo-32", "b": None})
-    assert aoquant_inductor.report(function) == Report(())
+    before = aoquant_inductor.report(function)
+    assert [(layer.name, layer.reason) for layer in before.layers] == [("a", "not_called"), ("b", "user")]
+    assert "no graph of it was compiled" in before.summary() and before.totals["graphs"] == 0
     with caplog.at_level(logging.INFO, "aoquant_inductor"), torch.no_grad():
         function(x)
     first = aoquant_inductor.report(function)
@@ -201,19 +202,27 @@ def test_the_debug_folder_is_torchs() -> None:
         assert done.stdout.strip().endswith(want)
 
 
+class Summed(nn.Module):
+    """Linears whose weights go to an op that is no product of theirs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...k,jk,nj->...n", x, self.up.weight, self.down.weight)
+
+
 def test_linears_that_no_linear_node_reads_are_in_the_report(caplog: pytest.LogCaptureFixture) -> None:
-    """TransformerEncoderLayer's fast path hands its weights to one fused op: bf16, and said so."""
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    model = nn.Sequential(layer, nn.Linear(32, 32)).eval()
+    model = nn.Sequential(Summed(), nn.Linear(32, 32)).eval()
     with caplog.at_level(logging.WARNING, "aoquant_inductor"):
         _, _, report = run(model, torch.randn(2, 3, 32))
-    assert_counts(report, 1, 4, other_op=3)
-    fused = {one.name: one.detail for one in report.layers if one.reason == "other_op"}
-    assert set(fused) == {"0.linear1", "0.linear2", "0.self_attn.out_proj"}
-    assert fused["0.linear1"] == "is read by _transformer_encoder_layer_fwd, not by a linear."
-    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [f"{k} {v}" for k, v in fused.items()]
-    with pytest.raises(NothingQuantized, match=r"3 linears seen, 3 matched \(other_op: 3\)"):
-        run(nn.Sequential(copy.deepcopy(layer)).eval(), torch.randn(2, 3, 32), on_unsupported="error")
+    assert_counts(report, 1, 3, other_op=2)
+    left = {one.name: one.detail for one in report.layers if one.reason == "other_op"}
+    assert left == dict.fromkeys(("0.up", "0.down"), "is read by einsum, not by a linear.")
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [f"{k} {v}" for k, v in left.items()]
+    with pytest.raises(NothingQuantized, match=r"2 linears seen, 2 matched \(other_op: 2\)"):
+        run(nn.Sequential(Summed()).eval(), torch.randn(2, 3, 32), on_unsupported="error")
 
 
 def test_matrices_of_no_linear_are_named_where_they_are_many_bytes() -> None:
@@ -290,5 +299,22 @@ def test_a_second_equal_compile_has_the_graphs_of_the_first(instances: int, grap
     model.a.weight.data.fill_(0.25)
     assert aoquant_inductor.refresh(first) == 2
     other = compiled(model, "int8dq")
-    assert not aoquant_inductor.report(other).layers, "other options: nothing ran by them"
-    assert not aoquant_inductor.report(compiled(Two().eval())).layers
+    for function in (other, compiled(Two().eval())):  # other options, another model: nothing ran by them
+        assert_counts(aoquant_inductor.report(function), 0, 2, not_called=2)
+
+
+def test_what_dynamo_runs_eager_is_in_the_report() -> None:
+    class Eager(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        @torch.compiler.disable
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.linear(x)
+            return y
+
+    _, _, report = run(Eager().eval(), torch.randn(2, 8))
+    assert_counts(report, 0, 1, not_called=1)
+    assert "no graph of it was compiled" in report.summary()
+    assert not aoquant_inductor.report(torch.compile(Eager())).layers, "by another backend"
