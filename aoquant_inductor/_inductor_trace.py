@@ -9,7 +9,10 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from aoquant_inductor._inductor import private
 from aoquant_inductor._inductor_regions import tags
+
+(ENCODER_LAYER,) = private("torch", "_transformer_encoder_layer_fwd")
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[fx.Node]) -> fx.Graph:

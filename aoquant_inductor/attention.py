@@ -51,7 +51,7 @@ def encoder_layer(
 
 
 WRITTEN_OUT: Mapping[object, Callable[..., Any]] = MappingProxyType(
-    {F.multi_head_attention_forward: F.multi_head_attention_forward, torch._transformer_encoder_layer_fwd: encoder_layer}
+    {F.multi_head_attention_forward: F.multi_head_attention_forward, tracing.ENCODER_LAYER: encoder_layer}
 )
 """What stands in a graph for several linears -> a function of the same arguments that calls them."""
 

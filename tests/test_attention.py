@@ -210,6 +210,18 @@ def test_a_model_that_trains_keeps_its_op() -> None:
     assert torch.equal(y, model(X)) or sqnr_db(y, model(X)) >= 45
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_before_a_frozen_attention_trains(training: bool) -> None:
+    model = Attention(on_itself).to(BF16).requires_grad_(False).train(training)
+    function, grads = compiled(model), []
+    for run_by in (function, model):
+        x = X.clone().requires_grad_()
+        run_by(x).square().sum().backward()
+        grads.append(x.grad)
+    assert_counts(aoquant_inductor.report(function), 2)
+    assert 38 <= sqnr_db(*grads) < 60
+
+
 def test_under_an_autocast_around_the_call() -> None:
     model = Attention(on_itself).eval().requires_grad_(False)
     with torch.autocast("cpu", dtype=BF16):
