@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -66,25 +66,40 @@ def _can(gm: fx.GraphModule, node: fx.Node, wanted: Callable[[fx.Node], bool]) -
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, recompute: bool) -> None:
-    body, graph, getter, number = _body(gm, node), gm.graph, node.args[0], next(_count)
-    start = 2 if node.target is _regions().nested else 1
-    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[start:], strict=True))
+    body, getter, number = _body(gm, node), node.args[0], next(_count)
     again = tags(node)  # of a region within a checkpoint
     if recompute and node.target is _regions().checkpoint:
         again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
-    with graph.inserting_before(node):
-        for inner in body.graph.nodes:
-            if inner.op in ("placeholder", "output"):
-                continue
-            env[inner] = graph.node_copy(inner, lambda n: env[n])
-            env[inner].meta.update(again)
-            if inner.op == "get_attr":  # a graph or a constant of the body
-                env[inner].target = f"aoquant_{number}_{inner.target}".replace(".", "_")
-                setattr(gm, env[inner].target, operator.attrgetter(inner.target)(body))
-    (results,) = body.graph.output_node().args
-    for user in list(node.users):
-        user.replace_all_uses_with(env[results[user.args[1]]])  # type: ignore[index]
-        graph.erase_node(user)
-    graph.erase_node(node)
+
+    def finish(copy: fx.Node) -> None:
+        copy.meta.update(again)
+        if copy.op == "get_attr":  # a graph or a constant of the body
+            value = operator.attrgetter(copy.target)(body)  # type: ignore[arg-type]
+            copy.target = f"aoquant_{number}_{copy.target}".replace(".", "_")
+            setattr(gm, copy.target, value)
+
+    put(gm, node, body.graph, node.args[2 if node.target is _regions().nested else 1 :], finish)
     if not getter.users:  # type: ignore[union-attr]
-        graph.erase_node(getter)  # type: ignore[arg-type]
+        gm.graph.erase_node(getter)  # type: ignore[arg-type]
+
+
+def put(gm: fx.GraphModule, node: fx.Node, body: fx.Graph, inputs: Sequence[Any], finish: Callable[[fx.Node], None]) -> None:
+    """`body`, called with `inputs`, in the place of a node that returns the same, in place. finish: mends a copied node."""
+    env: dict[fx.Node, Any] = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+    with gm.graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op not in ("placeholder", "output"):
+                env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+                finish(env[inner])
+    read = reads(node, body)
+    for user, result in read.items():
+        user.replace_all_uses_with(env[result])
+    for done in dict.fromkeys((*read, node)):
+        gm.graph.erase_node(done)
+
+
+def reads(node: fx.Node, body: fx.Graph) -> dict[fx.Node, Any]:
+    """What reads the results of a node, or is its one result -> which of the body's it is."""
+    (results,) = body.output_node().args
+    several = isinstance(results, (tuple, list))
+    return {user: results[user.args[1]] for user in node.users} if several else {node: results}  # type: ignore

@@ -6,11 +6,12 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor._inductor import private
-from aoquant_inductor._inductor_regions import tags
 
 (ENCODER_LAYER,) = private("torch", "_transformer_encoder_layer_fwd")
 
@@ -31,24 +32,16 @@ def replace(gm: fx.GraphModule, node: fx.Node, body: fx.Graph, inputs: Sequence[
     False, and nothing is done, where it does not: another dtype, as under an autocast, which tracing does not see; or where a
     constant is in it.
     """
-    (results,) = body.output_node().args
-    several = isinstance(results, tuple)
-    users = list(node.users)
-    if several and not all(user.target is operator.getitem for user in users):
+    several = not isinstance(node.meta["example_value"], torch.Tensor)
+    if body.find_nodes(op="get_attr") or (several and any(user.target is not operator.getitem for user in node.users)):
         return False
-    reads: dict[fx.Node, Any] = {user: results[user.args[1]] for user in users} if several else {node: results}  # type: ignore
-    if body.find_nodes(op="get_attr") or not all(_alike(*read) for read in reads.items()):
+    if not all(_alike(*read) for read in regions.reads(node, body).items()):
         return False
-    env: dict[fx.Node, fx.Node] = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
-    with gm.graph.inserting_before(node):
-        for inner in body.nodes:
-            if inner.op == "call_function":
-                env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
-                env[inner].meta = {"example_value": inner.meta.get("val"), **tags(node)}
-    for read, result in reads.items():
-        read.replace_all_uses_with(env[result])
-    for done in dict.fromkeys((*reads, node)):
-        gm.graph.erase_node(done)
+
+    def finish(copy: fx.Node) -> None:
+        copy.meta = {"example_value": copy.meta.get("val"), **regions.tags(node)}
+
+    regions.put(gm, node, body, inputs, finish)
     return True
 
 
