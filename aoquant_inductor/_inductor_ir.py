@@ -138,9 +138,23 @@ def cpp_template(
             return f'{self.header().getvalue()}\n{preamble}\nextern "C" {definition}\n{{\n{text}\n}}\n'
 
     template = Template(f"aoquant_{name}", list(names.values()), layout, threads())
-    node = template.generate().output_node()
+    with _sizes_without_a_value(virtualized.V.graph.sizevars):
+        node = template.generate().output_node()
     virtualized.V.graph.no_fuse_buffer_names.add(node.get_name())
     return node
+
+
+@contextlib.contextmanager
+def _sizes_without_a_value(sizevars: Any) -> Iterator[None]:
+    """torch 2.11 asks for a number of every size while it makes a choice, to measure it by, which nobody does here."""
+    if not hasattr(sizevars, "size_hints"):
+        yield
+        return
+    sizevars.size_hints = functools.partial(sizevars.size_hints, fallback=1)
+    try:
+        yield
+    finally:
+        del sizevars.size_hints
 
 
 def searching() -> bool:

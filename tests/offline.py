@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses import fake_tensor
 
 from aoquant_inductor import activations, packing, qparams
 from aoquant_inductor.layouts import Packed
@@ -84,6 +85,8 @@ def pretended_gpu(arch: int = 90, sms: int = 132) -> Iterator[None]:
                 value = staticmethod(value) if isinstance(owner, type) else value
                 stack.enter_context(mock.patch.object(owner, name, value, create=True))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "12.8"))
+        if hasattr(fake_tensor, "init_gpu_context"):  # until torch 2.12 it asks the driver, which a build for CUDA has none of here
+            stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", constant(None)))
         before = driver._active if hasattr(driver, "_active") else None
         driver.set_active(Driver())
         stack.callback(lambda: setattr(driver, "_active", before))

@@ -179,8 +179,14 @@ def test_the_forward_saves_packs_and_no_dense_weight() -> None:
     assert all(t.numel() < 64 * 64 for t in saved if t.is_floating_point())
 
 
+class Smooth(LoRA):
+    """Of a relu one sum that another rounding puts on its other side leaves a gradient 20 dB; and it needs no input for its own."""
+
+    act = staticmethod(nn.functional.gelu)
+
+
 def test_bf16_autocast_and_4d(graphs: list[Graph]) -> None:
-    model, x = LoRA(dtype=BF16).eval(), tokens(12, 64).view(2, 2, 3, 64).requires_grad_()
+    model, x = Smooth(dtype=BF16).eval(), tokens(12, 64).view(2, 2, 3, 64).requires_grad_()
     twin, y = dequantized_twin(model, "int8wo", "base"), x.detach().clone().requires_grad_()
     compiled(model, {"base.*": "int8wo"})(x).float().square().sum().backward()
     twin(y).float().square().sum().backward()
@@ -238,8 +244,18 @@ def test_frozen_beside_trainable_linears() -> None:
     assert_counts(aoquant_inductor.report(function), 6)
 
 
+def _sees_requires_grad(x: torch.Tensor) -> bool:
+    model = LoRA().eval().requires_grad_(False)
+    function = torch.compile(model, backend="aot_eager")
+    function(x)
+    model.up[0].weight.requires_grad_(True)
+    return bool(function(x).requires_grad)
+
+
 def test_unfreezing_after_the_compile() -> None:
     model, x = LoRA().eval().requires_grad_(False), tokens(5, 64, FP32)
+    if not _sees_requires_grad(x):
+        pytest.skip("this torch does not compile again where a parameter begins to train, whoever the backend is")
     function = compiled(model, {"base.*": "int8wo"})
     function(x)
     assert_counts(aoquant_inductor.report(function), 2, 6, no_match=4)

@@ -8,17 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from test_grad import LoRA, train
+from test_grad import Smooth, train
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from util import FP32, Graph, assert_counts, compiled, dequantized, dequantized_twin, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor.scheme import resolve
-
-
-class Smooth(LoRA):
-    act = staticmethod(nn.functional.gelu)  # whose backward needs its input
 
 
 class Checkpointed(Smooth):
@@ -43,7 +39,8 @@ def test_a_checkpointed_base_is_quantized_and_computed_again(scheme: str, graphs
     results = []
     for one in (model, plain):
         function = compiled(one, {"base.*": scheme})
-        kept.append(sum(t.numel() for t in function(x).grad_fn.saved_tensors if t.is_floating_point()))
+        y = function(x)  # held: torch 2.11 lets go of what is saved with it
+        kept.append(sum(t.numel() for t in y.grad_fn.saved_tensors if t.is_floating_point()))
         results.append(train(function, one, x))
         assert_counts(aoquant_inductor.report(function), 2, 6, no_match=4)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
