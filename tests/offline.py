@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch._subclasses import fake_tensor
 
-from aoquant_inductor import activations, packing, qparams
+from aoquant_inductor import _inductor_reduction, activations, packing, qparams
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES
 from aoquant_inductor.templates import Config, Kernel, int4, int4_few
@@ -27,6 +28,8 @@ from benchmarks import render as render_module
 from benchmarks.render import Rendered, call, kernel, load
 
 __all__ = ["assemble", "call", "kernel", "load", "pretended_gpu", "render"]
+
+FIXED_ROWS = pytest.mark.skipif(not _inductor_reduction._one_row_can_be_fixed(), reason="rows have a config of ours from torch 2.13 on")
 
 Properties = collections.namedtuple(
     "Properties",

@@ -243,6 +243,7 @@ def test_the_interpreter_agrees_with_the_reference(tmp_path: Path) -> None:
     assert done.stdout.count("right") == len(CASES)
 
 
+@offline.FIXED_ROWS
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_are_quantized_without_a_conversion_per_element(scheme: str) -> None:
     """A GPU rounds, and makes an integer of fp32, at a quarter of its rate: more than the bytes of a row cost."""

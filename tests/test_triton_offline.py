@@ -99,6 +99,7 @@ def test_x_comes_by_tma_only_where_its_rows_begin_with_16_bytes(start: int, k: i
     assert ("make_tensor_descriptor" in rendered.code) == by_tma
 
 
+@offline.FIXED_ROWS
 @pytest.mark.parametrize("m", [2, 512])
 @pytest.mark.parametrize("k", [4096, 14336])
 def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
@@ -109,6 +110,7 @@ def test_a_row_is_read_once_to_be_quantized(m: int, k: int) -> None:
     # "unk": a config of ours
 
 
+@offline.FIXED_ROWS
 def test_a_row_of_a_window_is_read_once_to_be_quantized() -> None:
     """Rows that are taken in another order than they lie, as SAM's windows of 14x14, which Inductor does not call INNER."""
 
@@ -132,6 +134,7 @@ def test_no_row_is_fixed_where_inductor_fails_at_it(monkeypatch: pytest.MonkeyPa
     assert offline.launches(code) == ["per", "tem"]
 
 
+@offline.FIXED_ROWS
 @pytest.mark.parametrize(("patches", "kind"), [({}, "unk"), ({"coordinate_descent_tuning": True}, "per")])
 def test_where_inductor_measures_configs_they_are_its_own(patches: dict[str, Any], kind: str) -> None:
     code = offline.render_chain("int8dq", torch.randn(64, 1280).bfloat16(), 1, patches=patches).code
