@@ -18,7 +18,7 @@ def report(compiled: object) -> Report:
     """What became of every linear that `compiled` has run so far, over all its graphs.
 
     `compiled`: what torch.compile returned, or a module after module.compile(). Before the first call, and where Dynamo runs it
-    eager, its linears are `not_called`. Raises TypeError for anything else.
+    eager, its linears are `not_called`. Raises TypeError for anything else, and then what `plan` raises for its options.
     """
     from aoquant_inductor import _inductor_dynamo as dynamo
     from aoquant_inductor.journal import Log, find_log

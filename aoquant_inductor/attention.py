@@ -26,7 +26,8 @@ def encoder_layer(
 ) -> torch.Tensor:
     """What torch._transformer_encoder_layer_fwd computes of x[B, L, width]: nn.TransformerEncoderLayer without grad.
 
-    mask: what not to look at is True, or not 0; of type 0 [L, L], 1 [B, L], 2 [B, heads, L, L].
+    mask: what not to look at is True, or not 0, since that op adds no mask of floats; of type 0 [L, L], 1 [B, L], 2 [B, heads,
+    L, L].
     """
     seen = None if mask is None else ~mask.to(torch.bool)
     if seen is not None and mask_type == 1:

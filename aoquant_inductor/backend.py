@@ -56,6 +56,7 @@ def _pipeline(
         release.require()
     frame = dynamo.frame()
     names = Names(frame.root)
+    rewrite.hear(gm, example_inputs, names)
     differentiable = _needs_grad(gm, example_inputs, frame.root)
     regions.inline(gm, _may_be_linear, recompute=differentiable is not None)
     attention.write_out(gm, rewrite.wanted(gm, example_inputs, names, opts, differentiable is not None))

@@ -40,18 +40,31 @@ def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torc
         yield (like, *_computed(like, name, options))
 
 
+def hear(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> None:
+    """Tells `names` where this graph's parameters come from, before it is asked for one."""
+    names.hear(dynamo.source_name(node) for node, value in _values(gm, inputs).items() if isinstance(value, nn.Parameter))
+
+
 def weights_of(gm: fx.GraphModule, inputs: Sequence[object], names: Names) -> dict[fx.Node, nn.Parameter]:
     """The placeholders of plain weights of nn.Linears."""
-    real = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    return {node: value for node, value in real if type(value) is nn.Parameter and names.is_linear(value)}
+    real = _values(gm, inputs)
+    return {node: value for node, value in real.items() if type(value) is nn.Parameter and names.is_linear(value)}
 
 
 def wanted(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options, training: bool) -> set[fx.Node]:
     """The placeholders of plain matrices that have a scheme, whatever reads them; none that requires grad in `training`."""
-    real = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    real = _values(gm, inputs).items()
     plain = {n: v for n, v in real if type(v) is nn.Parameter and v.dim() == 2 and not (training and v.requires_grad)}
-    chosen = {n: decide(v, names.of(v, dynamo.source_name(n)), names.aliases(v), options) for n, v in plain.items()}
-    return {node for node, (_, scheme) in chosen.items() if scheme is not None}
+    return {node for node, value in plain.items() if decide(value, *_called(value, node, names), options)[1] is not None}
+
+
+def _values(gm: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, object]:
+    return dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+
+
+def _called(value: torch.Tensor, placeholder: fx.Node, names: Names) -> tuple[list[str], tuple[str, ...]]:
+    """(the names of a weight's linears, its other names)."""
+    return names.of(value, dynamo.source_name(placeholder)), names.aliases(value)
 
 
 def of_other_ops(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Layer]:
@@ -110,8 +123,7 @@ def _part(
         whole = whole.args[0]
     if whole is weight or not isinstance(value := real.get(whole), nn.Parameter):
         return None
-    part = weight.meta["example_value"]
-    layer, scheme = decide(part, names.of(value, dynamo.source_name(whole)), names.aliases(value), options)
+    layer, scheme = decide(weight.meta["example_value"], *_called(value, whole, names), options)
     return replace(layer, detail="is cut into parts by the graph; only a whole parameter is packed."), scheme
 
 
@@ -179,8 +191,7 @@ class Site:
 
 def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Options) -> list[Site]:
     """Every linear of the graph, decided."""
-    real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    names.hear(dynamo.source_name(node) for node, value in real.items() if isinstance(value, nn.Parameter))
+    real = _values(gm, inputs)
     sites = []
     for target in LINEAR:
         for node in gm.graph.find_nodes(op="call_function", target=target):
@@ -192,8 +203,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             elif (part := _part(weight, real, names, options)) is not None:
                 layer, scheme = part
             else:
-                known = names.of(value, dynamo.source_name(weight)) if isinstance(value, torch.Tensor) else [node.name]
-                aliases = names.aliases(value) if isinstance(value, torch.Tensor) else ()
+                known, aliases = _called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
                 layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from util import BF16, assert_counts, compiled, dequantized_twin, run, sqnr_db
 
 import aoquant_inductor
+from aoquant_inductor import attention
 
 E, HEADS, ROWS = 64, 4, 16
 X = torch.randn(3, ROWS, E, dtype=BF16, generator=torch.Generator().manual_seed(0))
@@ -139,6 +140,16 @@ def test_what_no_scheme_asks_for_stays_fused() -> None:
     assert_counts(report, 5)
 
 
+def test_a_function_of_several_modules_names_them_by_its_variables() -> None:
+    encoder, decoder = layer(), layer()
+    function = compiled(lambda x: decoder(encoder(x)), {"encoder.*": "int8wo"})
+    with torch.no_grad():
+        y = function(X)
+        assert 38 <= sqnr_db(y, decoder(encoder(X))) < 60
+    names = {one.name for one in aoquant_inductor.report(function).quantized}
+    assert names == {f"encoder.{name}" for name in ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")}
+
+
 @pytest.mark.parametrize("batch", [2, 5])
 def test_sizes_may_be_symbols(batch: int) -> None:
     model = cast(Attention(on_itself))
@@ -181,6 +192,18 @@ def test_released_weights_of_an_attention() -> None:
     with torch.no_grad():
         assert torch.equal(function(X), y)
     assert 38 <= sqnr_db(y, wanted) < 60
+
+
+def test_what_cannot_be_traced_stays_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(attention.tracing, "trace", fails)
+    model = cast(Attention(on_itself))
+    _, y, report = run(model, X)
+    assert_counts(report, 0, of=1, other_op=1)
+    with torch.no_grad():
+        assert sqnr_db(y, model(X)) >= 45
 
 
 def test_within_a_checkpoint() -> None:
