@@ -86,13 +86,13 @@ def rows(folder: Path) -> Iterator[Row]:
                 if label is None:
                     continue
                 tail = " tail" in line["config"]
-                text = re.sub(r" persistent| tail| \{.*", "", line["config"]).strip()
+                text = re.sub(r" persistent| tail| alone| \{.*", "", line["config"]).strip()
                 bm, bn, bk = map(int, re.match(r"(\d+)x(\d+)x(\d+)", text).groups())  # type: ignore[union-attr]
                 found = re.search(r" split (\d+)", text)
                 split = int(found.group(1)) if found else 1
                 steps = -(-k // (bk * (2 if " dots" in text else 1)))
                 tiles = -(-m // bm) * -(-n // bn)
-                if not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
+                if not prices.high_enough(bm, m) or not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
                     continue
                 each, before = -(-steps // split), 0
                 if tail:
@@ -190,7 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     everything = list(rows(args.results))
     wanted = {(kernel.label, key_of(config)) for kernel in KERNELS for config in kernel.configs}
-    measured = [r for r in everything if (r.label, r.config) in wanted]
+    alone = {(kernel.label, key_of(config)) for kernel in KERNELS for config in kernel.configs if config.alone}
+    measured = [
+        r for r in everything
+        if (r.label, r.config) in wanted and ((r.label, r.config) not in alone or r.tiles * r.split <= SMS)
+    ]
     torch.manual_seed(0)
     costs = fit(measured)
     judge(measured, costs)

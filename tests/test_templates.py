@@ -14,7 +14,7 @@ from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor.card import UNKNOWN, Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel, costs, int4_few, linear
+from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel, costs, int4, int4_few, linear
 from aoquant_inductor.templates.kernel import MAX_SPLIT
 
 H100 = Card(90, 132, 232448, (12, 8))
@@ -210,6 +210,15 @@ def test_a_tail_has_as_many_programs_as_run_at_once(n: int, m: int, split: int |
     if config is not None:
         chosen = linear.INT8_WEIGHT_ONLY.choice(problem("int8wo", n, 4096, m, card), config)
         assert chosen.scratch == 4 * config.split_k * config.rest(m, n) * 256 * 128
+
+
+@pytest.mark.parametrize(("n", "split", "runs"), [(132, 1, True), (133, 1, False), (44, 3, True), (45, 3, False)])
+def test_alone_is_for_a_program_per_multiprocessor(n: int, split: int, runs: bool) -> None:
+    card = replace(H100, ptxas=(13, 5))
+    config = replace(int4.L128_ALONE, split_k=split)
+    p = problem("int4wo-128", 64 * n, 4096, 128, card)
+    assert (int4.SUMS.config(p, card, config) is not None) == runs
+    assert any(found.alone for _, found in int4.SUMS.priced(p, card)) == (n <= 132)
 
 
 def test_a_carried_accumulator_needs_the_newer_ptxas() -> None:

@@ -64,8 +64,8 @@ def heated(us: float) -> float:
 
 
 def key_of(config: Config) -> str:
-    """A config in costs.csv, where its splits are one."""
-    return f"{replace(config, split_k=1, tail=0)} w{config.num_warps} s{config.num_stages} g{config.group_m}"
+    """A config in costs.csv, where its splits are one, and its stages say whether it is alone."""
+    return f"{replace(config, split_k=1, tail=0, alone=False)} w{config.num_warps} s{config.num_stages} g{config.group_m}"
 
 
 @functools.cache
@@ -82,6 +82,12 @@ def sliced(area: int) -> bool:
 def slices(split: int) -> int:
     """Of a tile that all of `split` programs add up: a power of two, so that of three programs one has none."""
     return 1 << (split.bit_length() - 1)
+
+
+def high_enough(block_m: int, m: int) -> bool:
+    """A tile half as high as there are rows, or as high, and no higher: others are not worth a thought, nor a price."""
+    rows = 1 << (m - 1).bit_length()
+    return min(rows // 2, 64) <= block_m <= max(16, rows)
 
 
 def splits_fit(split: int, tiles: int, area: int, sms: int) -> bool:

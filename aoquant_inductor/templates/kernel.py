@@ -29,7 +29,8 @@ class Config:
     are done at once, and only those that are left in the end are split. carried: accumulators stay in the loop although a
     converted weight feeds the tensor core from registers, which a ptxas before 13.3 miscompiles. programs: so
     many for a multiprocessor, each with one tile after the other; 0 is one for every tile. tma: x comes by the tensor memory
-    accelerator, where it can. extra: further constants.
+    accelerator, where it can. alone: for problems where each program has a multiprocessor for itself, and its shared memory for
+    more stages. extra: further constants.
     """
 
     block_m: int
@@ -44,10 +45,11 @@ class Config:
     carried: bool = False
     programs: int = 0
     tma: bool = False
+    alone: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        words = ["swapped"] * self.swap + ["carried"] * self.carried + ["tma"] * self.tma
+        words = ["swapped"] * self.swap + ["carried"] * self.carried + ["tma"] * self.tma + ["alone"] * self.alone
         words += [name.lower() for name, on in self.extra if on]
         words += ["tail"] * bool(self.tail) + [f"split {self.split_k}"] * (self.split_k > 1)
         return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *words])
@@ -122,6 +124,8 @@ class Kernel:
         m = ir.most_rows(p.m)
         if config.tail:
             return self._tailed(p, config)
+        if config.alone and (m is None or config.tiles(m, p.n) * max(1, config.split_k) > card.sms):
+            return None
         if config.split_k == 1:
             return config
         if m is None:  # the counters bound the number of tiles
@@ -161,14 +165,12 @@ class Kernel:
         if not self.label:
             return
         m = ir.rows_hint(p.m)
-        rows = 1 << (m - 1).bit_length()
         splits: dict[Config, bool] = {}
         for config in self.configs:
             base = replace(config, split_k=1)
             splits[base] = splits.get(base, False) or config.split_k != 1
         for base, may in splits.items():
-            # half as high as there are rows, or as high: others were not measured
-            if not min(rows // 2, 64) <= base.block_m <= max(16, rows) or self.outdone(p, card, base):
+            if not costs.high_enough(base.block_m, m) or self.outdone(p, card, base):
                 continue
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
             for split in costs.SPLITS if may and not base.tail else (1,):
