@@ -1,6 +1,6 @@
-"""The README's tables (tables.py), written from benchmarks/results/*.csv; `--check` only compares.
+"""The tables (tables.py) of both READMEs, here and above, written from benchmarks/results/*.csv; `--check` only compares.
 
-A block of the README between `<!-- table: KIND CARD ... -->` and `<!-- end -->` holds the table that TABLES[KIND] makes of
+A block between `<!-- table: KIND CARD ... -->` and `<!-- end -->` holds the table that TABLES[KIND] makes of
 <CARD>.<file>.csv.
 """
 
@@ -9,30 +9,35 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.measure import RESULTS
 from benchmarks.tables import TABLES
 
-README = RESULTS.parent.parent / "README.md"
+HERE = RESULTS.parent
+DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
 BLOCK = re.compile(r"(<!-- table: ([\w .:*-]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
-def fill(text: str) -> str:
-    """The README with every block made anew. Raises KeyError for a kind of table that is none."""
+def fill(document: Path) -> str:
+    """Its text with every block made anew. Raises KeyError for a kind of table that is none."""
 
     def block(match: re.Match[str]) -> str:
         kind, *arguments = match[2].split()
-        return f"{match[1]}{TABLES[kind](*arguments)}\n{match[3]}"
+        table = TABLES[kind](*arguments)
+        if document.parent == HERE:  # tables link from the README's folder
+            table = table.replace("](benchmarks/", "](")
+        return f"{match[1]}{table}\n{match[3]}"
 
-    return BLOCK.sub(block, text)
+    return BLOCK.sub(block, document.read_text())
 
 
 def main(argv: Sequence[str]) -> int:
-    old = README.read_text()
-    new = fill(old)
+    new = {document: fill(document) for document in DOCUMENTS}
     if "--check" in argv:
-        return int(new != old)
-    README.write_text(new)
+        return int(any(document.read_text() != text for document, text in new.items()))
+    for document, text in new.items():
+        document.write_text(text)
     return 0
 
 

@@ -104,14 +104,6 @@ def model(card: str) -> str:
     return markdown(head, table) + source(rows, path)
 
 
-def models() -> str:
-    """A table of every card that ran whole models."""
-    cards = [path.name.partition(".")[0] for path in sorted(RESULTS.glob("*.model.csv"))]
-    if not cards:
-        return "No rows yet: `python -m benchmarks.bench_model` writes `benchmarks/results/<card>.model.csv`."
-    return "\n\n".join(model(card) for card in cards)
-
-
 def profiles() -> str:
     """Per card, case and scheme: launches and share of a step's kernels by who made them."""
     table, sources = [], []
@@ -206,5 +198,5 @@ def plots(*patterns: str) -> str:
 
 TABLES: Mapping[str, Callable[..., str]] = {
     "demo": demo, "accuracy": accuracy, "coverage": coverage, "host": host, "linear": linear, "peers": peers, "tune": tune,
-    "memory": memory, "model": model, "models": models, "first": first, "plots": plots, "losing": losing, "profiles": profiles,
+    "memory": memory, "model": model, "first": first, "plots": plots, "losing": losing, "profiles": profiles,
 }

@@ -150,10 +150,10 @@ def test_one_command_draws_says_what_it_cannot_and_keeps_up(results: Path, capsy
 def test_tables_of_models_and_of_what_loses(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", results)
     monkeypatch.setattr(tables, "FIRST", ("toy",))
-    assert "| toy | int8wo | 1.50x | 500.0 call/s | 2.000 ms | - | 1.50 GB | 40.00 dB | - |" in tables.models()
-    assert "| toy | torchao int8wo | **0.75x** |" in tables.models()
+    assert "| toy | int8wo | 1.50x | 500.0 call/s | 2.000 ms | - | 1.50 GB | 40.00 dB | - |" in tables.model("card")
+    assert "| toy | torchao int8wo | **0.75x** |" in tables.model("card")
     assert "| toy, card | int8wo | 1.50x | 1.50 GB, 1.50x | SQNR 40.00 dB |" in tables.first()
-    assert "torchao" not in tables.first() and "int8dq" not in tables.models() + tables.first()
+    assert "torchao" not in tables.first() and "int8dq" not in tables.model("card") + tables.first()
     lost = tables.losing("card", "no such card")
     assert "0.80x" in tables.losing("card.linear") and "None." in tables.losing("card.model")  # eager bf16 is not ours
     assert "| 8x16, card.linear | int8wo | M = 64 **0.80x** |" in lost
@@ -161,7 +161,6 @@ def test_tables_of_models_and_of_what_loses(results: Path, monkeypatch: pytest.M
     assert lost.count("**") == 2
     assert tables.plots("*.model", "*.ladder").count("![") == 2
     (results / "card.model.csv").unlink()
-    assert "bench_model" in tables.models()
     assert "card.model" not in tables.plots("*")
 
 

@@ -13,11 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 from benchmarks import readme, tables_linear
 
 
-def test_the_readme_holds_the_tables_of_the_result_files() -> None:
+@pytest.mark.parametrize("document", readme.DOCUMENTS, ids=lambda document: document.parent.name)
+def test_a_document_holds_the_tables_of_the_result_files(document: Path) -> None:
     """Written by `python -m benchmarks.readme`; a number there that no file has would not survive this."""
-    text = readme.README.read_text()
+    text = document.read_text()
     assert len(readme.BLOCK.findall(text)) >= 5
-    assert readme.fill(text) == text
+    assert readme.fill(document) == text
+
+
+@pytest.mark.parametrize("document", readme.DOCUMENTS, ids=lambda document: document.parent.name)
+def test_a_document_links_to_what_is_there(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    assert len(links) >= 5
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
 def test_a_table_takes_the_newest_row_and_leaves_wrong_kernels_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
