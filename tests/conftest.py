@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # A hit in Inductor's graph cache skips our lowerings, and then no test could say which kernel ran.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
@@ -77,3 +78,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
     monkeypatch.setattr(_inductor, "compile_graph", record)
     return found
+
+
+@pytest.fixture
+def inductor() -> Any:
+    """The part of the package that needs Inductor; where that cannot be imported, the test is skipped."""
+    return pytest.importorskip("aoquant_inductor._inductor")

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import nn
 
 import aoquant_inductor
 from aoquant_inductor import Scheme, activations, packing, packing_cpu, qparams
+from aoquant_inductor.errors import OptionError
 from aoquant_inductor.layouts import by_group
+from aoquant_inductor.options import parse
 from aoquant_inductor.report import Report
 from aoquant_inductor.scheme import resolve
 
@@ -52,6 +55,13 @@ def run(model: nn.Module, *args: Any, schemes: object = "int8wo", **options: Any
     with torch.no_grad():
         y = function(*args)
     return function, y, aoquant_inductor.report(function)
+
+
+def error_of(options: Any, mode: Any = None) -> str:
+    """What parse says of options that it refuses."""
+    with pytest.raises(OptionError) as caught:
+        parse(options, mode)
+    return str(caught.value)
 
 
 def assert_counts(report: Report, quantized: int, of: int | None = None, **reasons: int) -> None:
@@ -103,6 +113,17 @@ def linear64(x: torch.Tensor, linear: nn.Linear, scheme: Scheme = INT8, weight: 
     w = dequantized(linear.weight, scheme) if weight is None else weight
     y = activation(x, scheme) @ w.t()
     return y if linear.bias is None else y + linear.bias.detach().double()
+
+
+class Two(nn.Module):
+    """Two linears that read the same activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 16, dtype=BF16), nn.Linear(32, 16, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), self.b(x)
 
 
 class Block(nn.Module):
