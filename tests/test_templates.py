@@ -109,6 +109,14 @@ def test_every_config_without_a_default_has_a_price() -> None:
         assert not missing, (kernel.label, missing)
 
 
+def test_a_price_is_of_a_config_that_is_alone_or_of_one_that_is_not() -> None:
+    for kernel in KERNELS:
+        alone: dict[str, set[bool]] = {}
+        for config in kernel.configs:
+            alone.setdefault(costs.key_of(config), set()).add(config.alone)
+        assert all(len(either) == 1 for either in alone.values()), kernel.template
+
+
 @pytest.mark.parametrize("m", [1024, 4096])
 def test_many_rows_of_int8_are_one_launch_of_as_many_programs_as_fit(m: int) -> None:
     kernel, config = default(problem("int8dq", 28672, 4096, m)) or pytest.fail("no kernel")
