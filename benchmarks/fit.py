@@ -92,7 +92,7 @@ def rows(folder: Path) -> Iterator[Row]:
                 split = int(found.group(1)) if found else 1
                 steps = -(-k // (bk * (2 if " dots" in text else 1)))
                 tiles = -(-m // bm) * -(-n // bn)
-                if not prices.high_enough(bm, m) or not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
+                if not prices.height_fits(bm, m) or not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
                     continue
                 each, before = -(-steps // split), 0
                 if tail:
@@ -189,11 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--to", type=Path, default=FILE)
     args = p.parse_args(argv)
     everything = list(rows(args.results))
-    wanted = {(kernel.label, key_of(config)) for kernel in KERNELS for config in kernel.configs}
-    alone = {(kernel.label, key_of(config)) for kernel in KERNELS for config in kernel.configs if config.alone}
+    alone = {(kernel.label, key_of(config)): config.alone for kernel in KERNELS for config in kernel.configs}
     measured = [
         r for r in everything
-        if (r.label, r.config) in wanted and ((r.label, r.config) not in alone or r.tiles * r.split <= SMS)
+        if (key := (r.label, r.config)) in alone and (not alone[key] or r.tiles * r.split <= SMS)
     ]
     torch.manual_seed(0)
     costs = fit(measured)
@@ -203,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([*key, *(f"{value:.3f}" for value in cost)] for key, cost in sorted(costs.items()))
-    missing = {key for key in wanted if key not in costs and key[0]}
+    missing = {key for key in alone if key not in costs and key[0]}
     for label, config in sorted(missing):
         print(f"not measured: {label} {config}")
     return 1 if missing else 0

@@ -84,8 +84,8 @@ def slices(split: int) -> int:
     return 1 << (split.bit_length() - 1)
 
 
-def high_enough(block_m: int, m: int) -> bool:
-    """A tile half as high as there are rows, or as high, and no higher: others are not worth a thought, nor a price."""
+def height_fits(block_m: int, m: int) -> bool:
+    """Whether a tile is worth a thought, and a price: half as high as there are rows, or as high; 64 are half of any more."""
     rows = 1 << (m - 1).bit_length()
     return min(rows // 2, 64) <= block_m <= max(16, rows)
 

@@ -122,10 +122,13 @@ class Kernel:
             return None
         config = replace(config, programs=config.programs * card.sms, tail=config.tail * card.sms)
         m = ir.most_rows(p.m)
-        if config.tail:
-            return self._tailed(p, config)
-        if config.alone and (m is None or config.tiles(m, p.n) * max(1, config.split_k) > card.sms):
+        done = self._tailed(p, config) if config.tail else self._split(p, card, config, m)
+        if done is not None and done.alone and (m is None or done.split_k * done.tiles(m, p.n) > card.sms):
             return None
+        return done
+
+    def _split(self, p: Problem, card: Card, config: Config, m: int | None) -> Config | None:
+        """With FILL resolved, for up to m rows; None where K has not so many parts, or there are more tiles than counters."""
         if config.split_k == 1:
             return config
         if m is None:  # the counters bound the number of tiles
@@ -170,7 +173,7 @@ class Kernel:
             base = replace(config, split_k=1)
             splits[base] = splits.get(base, False) or config.split_k != 1
         for base, may in splits.items():
-            if not costs.high_enough(base.block_m, m) or self.outdone(p, card, base):
+            if not costs.height_fits(base.block_m, m) or self.outdone(p, card, base):
                 continue
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
             for split in costs.SPLITS if may and not base.tail else (1,):

@@ -14,6 +14,7 @@ from util import BF16, compiled, run, sqnr_db
 import aoquant_inductor
 from aoquant_inductor import activations
 from aoquant_inductor._inductor_choices import EARLY
+from aoquant_inductor.card import Card
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +58,20 @@ def test_weight_only_sums_are_exact(m: int, n: int, k: int) -> None:
     x = tokens(m, k, m, 7)
     _, y, _ = run(linear, x, schemes="int8wo")
     assert torch.equal(y, expected(x, linear))
+
+
+@pytest.mark.parametrize(("n", "k", "tile"), [(3840, 1280, "128x64x128"), (6144, 4096, "256x64x64"), (1280, 5120, "128x64x128")])
+def test_programs_with_a_multiprocessor_each_are_exact(n: int, k: int, tile: str) -> None:
+    here = Card.of(torch.device("cuda", 0))
+    if here.arch != 90 or here.sms != 132 or not here.may_carry:
+        pytest.skip("needs a Hopper card of 132 multiprocessors, and a ptxas from 13.3 on")
+    linear = integers(n, k)
+    function, _, report = run(linear, tokens(256, k, 0, 7), schemes="int8wo")
+    assert re.search(rf"{tile} .*\balone\b", str(report.layers[0].kernel)), str(report)
+    for seed in range(5):
+        x = tokens(256, k, seed, 7)
+        with torch.no_grad():
+            assert torch.equal(function(x), expected(x, linear)), seed
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
