@@ -151,7 +151,7 @@ def linear(p: Problem) -> tuple[str, Any]:
 def us(p: Problem, card: Card) -> float:
     """Microseconds of `linear` on a GPU where it may be the fastest: weight-only, for rows that are worth a copy in bf16."""
     m = ir.rows_hint(p.m)
-    if p.dynamic or m < 64:
+    if p.dynamic or m <= costs.NOT_COPIED:
         return math.inf
     return costs.of_copy(m, p.n, p.k, p.bits, card.sms)
 

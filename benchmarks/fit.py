@@ -40,7 +40,6 @@ LABELS = {  # (template, scheme) of a row -> Kernel.label
 }
 STEPS, WEIGHT = 3000, 1e-3  # of the fit: of gradient descent, of what holds numbers without rows
 FEWEST = 16  # rows: below, kernels of other kinds run
-LEAST_COPIED = 256  # rows: costs.of_bf16 is 6.5 % off in the mean with these, 8 % with those from 64 rows on
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,8 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
 
 def fit_cublas(measured: Sequence[Row]) -> list[float]:
     """[start, step, 0, full] of cuBLAS's bf16 (costs.of_bf16), by trying a little more and a little less of each."""
-    problems = [((r.problem[4], *r.problem[2:4]), r.us) for r in measured if r.label == "bf16" and r.problem[4] >= LEAST_COPIED]
+    many = [r for r in measured if r.label == "bf16" and r.problem[4] >= prices.NOT_COPIED]  # with fewer the others are worse
+    problems = [((r.problem[4], *r.problem[2:4]), r.us) for r in many]
 
     def loss(cost: Sequence[float]) -> float:
         return sum(abs(math.log(of_bf16(*of, SMS, Cost(*cost)) / us)) for of, us in problems) / len(problems)

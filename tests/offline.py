@@ -23,7 +23,7 @@ from torch._subclasses import fake_tensor
 from aoquant_inductor import _inductor_reduction, activations, packing, qparams
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES
-from aoquant_inductor.templates import Config, Kernel, int4, int4_few
+from aoquant_inductor.templates import Config, Kernel, int4_few
 from benchmarks import render as render_module
 from benchmarks.render import Rendered, call, kernel, load
 
@@ -264,8 +264,6 @@ def render_gated(scheme: str, m: int, n: int, k: int, told: bool = False) -> Ren
 
 def crowded(scheme: str, m: int, kernel: Kernel, config: Config) -> bool:
     """Whether the kernel has no such config for the scheme: zeros, or more of them than registers, or more or fewer rows."""
-    if kernel is int4.ONE_SUM:
-        return "asym" in scheme and config.carried and config.block_n == int4.L128_CARRIED.block_n
     if kernel.template == "int4_fma":
         return scheme == "int4wo-32-asym" and config.block_n > 4
     if kernel.template == "int4_gemv":

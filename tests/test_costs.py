@@ -39,11 +39,11 @@ def everything_measured(card: Card) -> dict[tuple[str, str, int, int, int], Time
 
 
 def in_graphs() -> dict[tuple[str, str, int, int, int], tuple[str, float]]:
-    """(card, scheme, N, K, M) -> the kernel that a graph of one weight-only linear took, and its microseconds there."""
+    """(card, scheme, N, K, M) -> the kernel that a graph of one weight-only linear, or bf16, took, and its microseconds there."""
     found = {}
     for card in fit.RATES:
         for row in linears(RESULTS / f"{card}.linear.csv"):
-            if row["scheme"] in SCHEMES and SCHEMES[row["scheme"]].activation is None:
+            if row["scheme"] == "bf16" or (row["scheme"] in SCHEMES and SCHEMES[row["scheme"]].activation is None):
                 n, k = map(int, row["shape"].split("x"))
                 found[card, row["scheme"], n, k, int(row["m"])] = row["kernel"], float(row["value"])
     return found
@@ -142,23 +142,36 @@ def test_a_fit_finds_the_costs_of_cublas() -> None:
     assert fit.fit_cublas(measured) == pytest.approx(true, rel=0.05)
 
 
+def copying(m: int, n: int, k: int, bits: int) -> float:
+    """Microseconds that a copy in bf16 takes beyond cuBLAS alone."""
+    return costs.of_copy(m, n, k, bits, fit.SMS) - costs.of_bf16(m, n, k, fit.SMS)
+
+
 def test_a_copy_that_stays_in_the_cache_costs_its_instructions() -> None:
-    """In graphs on an H200 3 to 5 us more than cuBLAS alone; one that does not, what its bytes do."""
-    for n, k, bits in ((5120, 1280, 8), (5120, 1280, 4), (896, 4864, 4)):
-        assert 3 < costs.of_copy(1024, n, k, bits, 132) - costs.of_bf16(1024, n, k, 132) < 5
-    more = costs.of_copy(4096, 4096, 4096, 8, 132) - costs.of_bf16(4096, 4096, 4096, 132)
-    assert more == pytest.approx(costs.WRITE_START + 3 * 4096 * 4096 / costs.BYTES_PER_US)
+    """On an H200 2.3 to 5 us more than cuBLAS alone; one that does not, what its bytes do; the smallest, a launch."""
+    for n, k, bits, least in ((5120, 1280, 8, 3), (5120, 1280, 4, 3), (896, 4864, 4, 2)):
+        assert least < copying(1024, n, k, bits) < least + 2
+    assert copying(4096, 4096, 4096, 8) == pytest.approx(3 * 4096 * 4096 / costs.BYTES_PER_US)
+    assert copying(1024, 896, 896, 8) == pytest.approx(costs.WRITE_LEAST)
+
+
+def test_up_to_some_rows_no_copy_is_thought_of() -> None:
+    """5120x1280, M = 256: 12.9 us by the copy, whose price is 11.4, 10.7 by a kernel."""
+    card = replace(H100, ptxas=(13, 5))
+    assert default(problem("int4wo-32", 5120, 1280, costs.NOT_COPIED, card), card) is not None
+    assert default(problem("int4wo-32", 5120, 1280, 2 * costs.NOT_COPIED, card), card) is None
 
 
 def test_no_default_took_much_longer_in_a_graph_than_a_copy_would() -> None:
     """A tail at 1280x5120, M = 4096 was priced at 73 us and took 100, for the 82 of a copy."""
-    card, ratios = replace(H100, ptxas=(13, 5)), {}
-    for (_, scheme, n, k, m), (name, us) in in_graphs().items():
-        found = default(problem(scheme, n, k, m, card), card) if m >= 256 else None
+    card, ratios, graphs = replace(H100, ptxas=(13, 5)), {}, in_graphs()
+    for (on, scheme, n, k, m), (name, us) in graphs.items():
+        found = default(problem(scheme, n, k, m, card), card) if m > costs.NOT_COPIED and scheme != "bf16" else None
         if found is not None and name.endswith(f" {found[1]}"):
-            ratios[scheme, n, k, m] = us / costs.of_copy(m, n, k, SCHEMES[scheme].weight.bits, card.sms)
+            copy = graphs[on, "bf16", n, k, m][1] + copying(m, n, k, SCHEMES[scheme].weight.bits)
+            ratios[on, scheme, n, k, m] = us / copy
     assert len(ratios) > 30
-    assert max(ratios.values()) < 1.12, max(ratios, key=ratios.__getitem__)
+    assert max(ratios.values()) < 1.06, max(ratios, key=ratios.__getitem__)
 
 
 @pytest.mark.parametrize("ptxas", sorted(BY_PTXAS))

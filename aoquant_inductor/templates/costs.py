@@ -28,15 +28,16 @@ MOST_WAVES = 4  # of programs that share their tiles
 PAIR = 2  # programs of a multiprocessor
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
-WRITE_START = 2.5  # us
+WRITE_LEAST = 2.0  # us, of a launch
+NOT_COPIED = 256  # rows: up to so many, a weight's copy in bf16 and cuBLAS were the fastest of no problem (H200)
 HEAT, HEAT_FROM = 0.06, 700.0
 """What keeps the card busy for longer than so many us meets its power limit: up to so much slower, at twice the time (H200:
 weight-only kernels of 1.3 ms take 1.05 to 1.07 of what their rate in shorter ones says, cuBLAS's 1.05 to 1.1).
 """
-NEAR = 8e6
+NEAR, NEAR_BYTES = 8e6, 1.6
 """Elements of a weight, up to which its bf16 copy is read from the L2 cache that it was written to, before memory has it:
-what the copy takes then are its instructions, an element's as long as a byte of memory (H200, in graphs, beyond cuBLAS alone:
-3 to 5 us for 4.4 to 6.6 million elements of 4 or 8 bits; 17 million take what their bytes do).
+what the copy takes then are its instructions, an element's as long as so many bytes of memory (H200, beyond cuBLAS alone: 2.3
+to 2.6 us for 4.4 million elements of 4 or 8 bits, 4 to 5 for 6.6 million; larger ones take what their bytes do, or less).
 """
 
 
@@ -138,5 +139,5 @@ def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float
 
 def of_copy(m: int, n: int, k: int, bits: int, sms: int) -> float:
     """Microseconds of making bf16 w[N, K] in memory of one with so many bits, and of cuBLAS with it."""
-    each = bits / 8 + 2 if n * k > NEAR else 1
-    return WRITE_START + n * k * each / BYTES_PER_US + of_bf16(m, n, k, sms)
+    each = bits / 8 + 2 if n * k > NEAR else NEAR_BYTES
+    return max(WRITE_LEAST, n * k * each / BYTES_PER_US) + of_bf16(m, n, k, sms)

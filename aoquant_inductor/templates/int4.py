@@ -46,8 +46,6 @@ def _one_sum(p: Problem) -> bool:
 
 
 def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
-    if p.zero is not None and config.carried and not config.alone and config.block_n == L128_CARRIED.block_n:
-        return None  # by pointers 9 and 6 % faster at 1280x5120 and 3840x1280, M = 256, 5 % slower at 5120x1280 (H200)
     return replace(config, extra=()) if p.groups == 1 else config
 
 
