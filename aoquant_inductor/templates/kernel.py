@@ -201,7 +201,11 @@ class Kernel:
         most = ir.most_rows(p.m)
         # a range of M is said by its largest, which most calls are below
         few = most is not None and (most < config.block_m or (most == config.block_m and ir.static(p.m) is None))
-        tiles = {"FEW": few, "ONE_HIGH": most is not None and most <= config.block_m, "EVEN_N": p.n % config.block_n == 0}
+        within = lambda rows: most is not None and most <= rows  # noqa: E731
+        tiles = {
+            "FEW": few, "ONE_HIGH": within(config.block_m), "FEW_HIGH": within(config.group_m * config.block_m),
+            "EVEN_N": p.n % config.block_n == 0,
+        }
         keywords = {**common_keywords(p), **tiles, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
