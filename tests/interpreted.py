@@ -42,8 +42,8 @@ FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16
           ("int8dq-asymact", "float16", 262, 80, 1025, TAIL), ("int8wo", "float16", 262, 80, 1024, TAIL_SWAPPED),
           ("int8dq-asymact", "float16", 70, 70, 1025, UNSLICED), ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SHORT),
           ("int8wo", "float16", 33, 70, 1024, SLICED), ("int8wo", "float16", 33, 170, 1024, SLICED_SHORT), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
-# ten tiles below each other, two more than a group has
-FORCED += [("int8dq", "float16", 150, 70, 129, (linear.GENERAL, Config(16, 32, 128, 4, 3)))]
+# ten tiles below each other, two more than a group has; sixteen, two groups
+FORCED += [("int8dq", "float16", m, 70, 129, (linear.GENERAL, Config(16, 32, 128, 4, 3))) for m in (150, 250)]
 # splits that are no power of two
 FORCED += [
     ("int8dq", "float16", 5, 70, 1025, (linear.GENERAL, Config(16, 32, 128, 4, 3, split_k=3))),
@@ -114,7 +114,7 @@ WORDS += [
     ("int8wo-128", "bfloat16", 40, 70, 1024, (linear.INT8_WEIGHT_ONLY, Config(32, 64, 128, 4, 3, swap=True, tma=True))),
 ]
 PERSISTENT = (linear.PERSISTENT, Config(32, 32, 64, 4, 3, programs=1))
-WORDS += [("int8dq", "bfloat16", 200, 310, 208, PERSISTENT), ("int8dq-asymact", "float16", 5, 33, 1040, PERSISTENT)]
+WORDS += [("int8dq", "bfloat16", 200, 310, 208, PERSISTENT), ("int8dq-asymact", "float16", 5, 33, 1040, PERSISTENT), ("int8dq", "bfloat16", 250, 310, 80, (linear.PERSISTENT, replace(PERSISTENT[1], group_m=2)))]
 CASES = [(*case, None) for case in CASES + FEW_ROWS] + FORCED + WORDS
 DENSE = (  # all of a weight in bf16
     ("int4wo-128-asym", 300), ("int4wo-row", 300), ("int4wo-row-asym", 300), ("int4wo-64-asymfloat", 300), ("int4wo-32", 300),
