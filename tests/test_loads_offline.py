@@ -80,3 +80,12 @@ def test_a_part_of_a_sum_goes_to_memory_as_the_tensor_core_holds_it(scheme: str,
     stores, _ = ptx[ptx.rindex("wgmma.wait_group") :].split("atom.", 1)
     assert not re.search(r"[sl][td]\.shared|stmatrix|shfl", stores), stores
     assert re.findall(r"st\.global\.(\S+)", stores) == ["v4.b32"] * (config.block_m * config.block_n // (128 * config.num_warps))
+
+
+@pytest.mark.parametrize(("m", "divides"), [(256, False), (2048, False), (1100, True)])  # two tiles below each other; two groups of eight; nine
+def test_a_program_divides_for_its_tile_only_where_groups_are_not_equal(m: int, divides: bool, tmp_path: Path) -> None:
+    """A division by what only a program knows takes 200 clocks, which every load waits for."""
+    rendered = offline.render("int8dq", m, 5120, 1280, torch.bfloat16, config=(linear.INT8_DYNAMIC, Config(128, 64, 128, 4, 4)))
+    ptx = str(offline.assemble(rendered.code, tmp_path).asm["ptx"])
+    before = ptx[: ptx.index("cp.async")]
+    assert bool(re.search(r"\b(?:div|rem)\.[su]32", before)) == divides

@@ -201,12 +201,9 @@ class Kernel:
         most = ir.most_rows(p.m)
         # a range of M is said by its largest, which most calls are below
         few = most is not None and (most < config.block_m or (most == config.block_m and ir.static(p.m) is None))
-        within = lambda rows: most is not None and most <= rows  # noqa: E731
-        high, exact = -(-(most or 1) // config.block_m), ir.static(p.m) is not None
-        tiles = {
-            "FEW": few, "ONE_HIGH": within(config.block_m), "FEW_HIGH": within(config.group_m * config.block_m),
-            "EVEN_HIGH": exact and high % config.group_m == 0, "EVEN_N": p.n % config.block_n == 0,
-        }
+        high = None if most is None else -(-most // config.block_m)
+        even = high is not None and ir.static(p.m) is not None and high % config.group_m == 0
+        tiles = {"FEW": few, "HIGH": high, "EVEN_HIGH": even, "EVEN_N": p.n % config.block_n == 0}
         keywords = {**common_keywords(p), **tiles, **self.keywords(p, config), **config.keywords()}
         scratch = 0
         if config.split_k > 1:
