@@ -2,7 +2,8 @@
 
     us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate),
        + bytes of y / rate where a program has a multiprocessor for itself, all of it times costs.HEAT where it is long,
-       and for split K + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors)
+       and for split K + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors),
+       but where whole tiles hide it (costs.hidden)
 
 steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, but for a tail. one,
 others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
@@ -65,6 +66,11 @@ class Row:
         return n * k * resolve(scheme).weight.bits / 8 / RATES[card]
 
     @property
+    def sums(self) -> bool:
+        """Whether adding up its splits takes time of its own."""
+        return self.split > 1 and not prices.hidden(self.before, self.area)
+
+    @property
     def written(self) -> float:
         card, _, n, _, m = self.problem
         return prices.bytes_written(m, n, self.area) / RATES[card]
@@ -109,7 +115,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
     few = (waves <= prices.PAIR) & torch.tensor([not r.before for r in measured])
-    is_split = torch.tensor([float(r.split > 1) for r in measured])
+    is_split = torch.tensor([float(r.sums) for r in measured])
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
@@ -165,7 +171,7 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) ->
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
         whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory, r.before, r.written)
-        if r.split == 1:
+        if not r.sums:
             return whole
         return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]))
 

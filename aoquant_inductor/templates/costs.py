@@ -118,6 +118,11 @@ def with_tail(tiles: int, at_once: int, steps: int, split: int) -> int:
     return tiles // at_once * steps + -(-steps // split)
 
 
+def hidden(before: int, area: int) -> bool:
+    """Whether the sums of a tail are made beside the tiles that come before it, of which each multiprocessor has one."""
+    return before == 1 and area < FULL_AREA
+
+
 def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
     """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory."""
     if split == 1:

@@ -103,7 +103,8 @@ INT8_WEIGHT_ONLY = Kernel(
         ),
         replace(W64_CARRIED, split_k=FILL_TWICE), W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL),
         replace(W_CARRIED, tail=1),
-        replace(W_CARRIED, block_m=128, split_k=FILL), W128_CARRIED, W128_ALONE, W256_ALONE,
+        replace(W_CARRIED, block_m=128, split_k=FILL), W128_CARRIED, replace(W128_CARRIED, split_k=1, tail=1),
+        W128_ALONE, W256_ALONE,
     ),
     _keywords, _adapt, label="W8A16",
 )
