@@ -5,8 +5,8 @@
        and for split K + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors),
        but where whole tiles hide it (costs.hidden)
 
-steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two, but for a tail. one,
-others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
+steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two; full: of a tail.
+one, others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
 by the least sum of |log(model / measured)|. What is printed says how good they are: the time of the config that the model takes
 over that of the fastest one measured.
 """
@@ -114,7 +114,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
-    few = (waves <= prices.PAIR) & torch.tensor([not r.before for r in measured])
+    few, tail = waves <= prices.PAIR, torch.tensor([r.before > 0 for r in measured])
     is_split = torch.tensor([float(r.sums) for r in measured])
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
@@ -132,7 +132,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
         once, by_one, by_all = split.exp()[of].unbind(1)
         more = is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)
-        work = steps * torch.maximum(step, waves * torch.where(few, pair, full))
+        work = steps * torch.where(tail, full, torch.maximum(step, waves * torch.where(few, pair, full)))
         work = (work**NORM + memory**NORM) ** (1 / NORM)
         cool = begin + work + written
         hot = cool * (1 + prices.HEAT * (cool / prices.HEAT_FROM - 1).clamp(0, 1))

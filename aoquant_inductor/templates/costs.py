@@ -56,7 +56,7 @@ class Cost(NamedTuple):
         has already, one after the other, 0 without a tail. written: microseconds of y that nobody hides.
         """
         waves = math.ceil(programs / sms)
-        work = steps * max(self.step, waves * (self.pair if waves <= PAIR and not before else self.full))
+        work = steps * (self.full if before else max(self.step, waves * (self.pair if waves <= PAIR else self.full)))
         return heated(self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written)
 
 

@@ -58,13 +58,14 @@ D64_WIDE = Config(64, 64, 128, 4, 5, swap=True)
 D64 = Config(64, 32, 256, 4, 4)
 D256 = Config(64, 64, 128, 4, 5)
 D512 = Config(64, 128, 128, 8, 4, swap=True)
+D512_HIGH = Config(128, 64, 128, 4, 4, swap=True)  # 2 to 5 % faster than not swapped (H200)
 D_LARGE = Config(128, 128, 128, 4, 3, group_m=16)
 INT8_DYNAMIC = Kernel(
     "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
     (
         *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64) for split in (1, FILL, FILL_TWICE)),
         D256, D512, replace(D512, split_k=FILL), D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True),
-        Config(128, 64, 128, 4, 4),
+        D512_HIGH, replace(D512_HIGH, tail=1),
     ),
     _keywords, _adapt, label="W8A8",
 )
@@ -88,6 +89,7 @@ W128 = Config(128, 64, 128, 4, 3, swap=True)
 HELD = (("HELD", True),)
 W128_HELD = replace(W128, extra=HELD)
 W128_CARRIED = replace(W128, carried=True, tma=True, split_k=FILL_TWICE)
+W128_TAIL = replace(W128_CARRIED, split_k=1, tail=1)  # 3 to 16 % faster, as two programs fit a multiprocessor (H200)
 W128_ALONE = replace(W128_CARRIED, num_stages=4, alone=True, split_k=FILL)  # 1 to 25 % faster than three stages as alone (H200)
 W256 = Config(256, 64, 64, 4, 3, swap=True, extra=HELD)
 W256_ALONE = Config(256, 64, 64, 4, 5, swap=True, carried=True, tma=True, alone=True, split_k=FILL)
@@ -103,8 +105,7 @@ INT8_WEIGHT_ONLY = Kernel(
         ),
         replace(W64_CARRIED, split_k=FILL_TWICE), W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL),
         replace(W_CARRIED, tail=1),
-        replace(W_CARRIED, block_m=128, split_k=FILL), W128_CARRIED, replace(W128_CARRIED, split_k=1, tail=1),
-        W128_ALONE, W256_ALONE,
+        replace(W_CARRIED, block_m=128, split_k=FILL), W128_CARRIED, W128_TAIL, W128_ALONE, W256_ALONE,
     ),
     _keywords, _adapt, label="W8A16",
 )
