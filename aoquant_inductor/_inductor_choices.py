@@ -18,13 +18,15 @@ EARLY = 16
 
 def triton_template(name: str, source: str) -> Any:
     """A template whose grid is (tiles of y[M, N], but not more than PROGRAMS, and SPLIT_K), or, with TAIL, SPLIT_K only
-    for a tile beyond the last multiple of TAIL. Names are global to the process.
+    for a tile beyond the last multiple of TAIL. BY_N: y is a weight, whose rows are BLOCK_N of a tile. Names are global to the
+    process.
     """
     (template,) = private("torch._inductor.select_algorithm", "TritonTemplate")
     (symbolic,) = private("torch._inductor.select_algorithm", "SymbolicGridFn")
 
     def grid(m: Expr, n: Expr, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Expr, int, int]:
-        tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"])
+        high, wide = ("BLOCK_N", "BLOCK_M") if meta.get("BY_N") else ("BLOCK_M", "BLOCK_N")
+        tiles = cdiv(m, meta[high]) * cdiv(n, meta[wide])
         if at_once := meta.get("TAIL"):
             whole = cdiv(tiles - at_once + 1, at_once) * at_once
             return whole + (tiles - whole) * meta["SPLIT_K"], 1, 1

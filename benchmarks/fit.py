@@ -6,9 +6,9 @@
        but where whole tiles hide it (costs.hidden)
 
 steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two; full: of a tail.
-one, others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for both kinds of splits of a kernel,
-by the least sum of |log(model / measured)|. What is printed says how good they are: the time of the config that the model takes
-over that of the fastest one measured.
+one, others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for each kind of splits of a
+kernel, by the least sum of |log(model / measured)|. What is printed says how good they are: the time of the config that the
+model takes over that of the fastest one measured.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def part(scheme: str, dtype: str, m: int, k: int, folder: Path) -> None:
 def dense(scheme: str, k: int, folder: Path) -> None:
     """The bf16 copy of a weight."""
     with mock.patch.object(lowering_triton, "default", return_value=None):
-        r = offline.render(scheme, 4096, 33, k, torch.bfloat16, bias=False)
-    y = torch.full((33, k), float("nan"), dtype=torch.bfloat16)
+        r = offline.render(scheme, 4096, 203, k, torch.bfloat16, bias=False)
+    y = torch.full((203, k), float("nan"), dtype=torch.bfloat16)
     launch(r, y, folder)
     want = r.op({**r.tensors, "x": torch.eye(k).bfloat16()}).t()
     one_more_rounding = 2**-7 if "row" in scheme else 0.0

@@ -84,12 +84,16 @@ BY_PTXAS = {
         ("int8wo", 1280, 5120, 256, "128x64x128 swapped carried tma alone split 3"), ("int4wo-128", 1280, 5120, 256, "128x64x128 carried tma alone scaled split 3"),
         ("int8wo", 4096, 4096, 256, "256x64x64 swapped carried tma alone split 2"),
         ("int4wo-32-asym", 3840, 1280, 256, "128x64x128 carried tma alone scaled"), ("int8wo", 6144, 4096, 256, "256x64x64 swapped carried tma alone"),
-        ("int4wo-32", 5120, 1280, 256, "128x64x128 carried tma scaled"), ("int4wo-32-asym", 5120, 1280, 256, "128x64x128 carried tma scaled"),
+        # a few tiles more than multiprocessors, in parts beside the others
+        ("int4wo-32", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"), ("int8wo", 5120, 1280, 256, "128x64x128 swapped carried tma tail split 4"),
+        ("int4wo-32-asym", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"), ("int4wo-128", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"),
+        ("int4wo-128", 6144, 4096, 512, "128x128x128 carried tma scaled tail split 2"), ("int4wo-128", 18944, 3584, 128, "128x128x128 carried tma scaled tail split 8"),
+        ("int8dq", 1280, 5120, 1024, "128x64x128 swapped tail split 4"),
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int4wo-128", 1280, 5120, 1024, None), ("int4wo-32", 1280, 5120, 1024, None), ("int8wo", 1280, 5120, 1024, None),
         ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 896, 4864, 1024, None), ("int4wo-32-asym", 896, 4864, 1024, None),
         ("int8wo", 5120, 1280, 1024, None), ("int4wo-128", 5120, 1280, 1024, None), ("int4wo-32", 5120, 1280, 1024, None),
-        ("int4wo-128", 5120, 1280, 256, "128x128x128 carried tma scaled"), ("int4wo-128", 3840, 1280, 1024, "128x128x128 carried tma scaled"),
+        ("int4wo-128", 3840, 1280, 1024, "128x128x128 carried tma scaled"),
     ],
 }
 """What is fastest at (scheme, N, K, M), None where that is the portable lowering; carried sums need the newer ptxas."""

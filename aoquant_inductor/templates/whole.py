@@ -28,7 +28,7 @@ class Whole:
 
 
 def _int4(p: Problem, config: Config) -> dict[str, Any]:
-    return int4.keywords(p, config) | {"PARTS": 1}
+    return int4.keywords(p, config) | {"PARTS": 1, "BY_N": True}
 
 
 DENSE = {
