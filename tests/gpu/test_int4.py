@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from util import from_pack, linear64, run, sqnr_db
 
-from aoquant_inductor import packing
+from aoquant_inductor import lowering_triton, packing
 from aoquant_inductor.qparams import Quantized, n_groups
 from aoquant_inductor.scheme import SCHEMES
 from aoquant_inductor.templates import QUANTIZING, Config, Kernel, int4, int4_few, int4_gemv_dynamic
@@ -90,3 +93,15 @@ def test_integers_are_exact(scheme: str, kernel: Kernel, config: Config, tmp_pat
     if all(wrong is None for wrong in found):
         pytest.skip("not a choice here")
     assert not any(found), found
+
+
+@pytest.mark.parametrize("scheme", ["int4wo-128", "int4wo-128-asym", "int4wo-32"])
+@pytest.mark.parametrize("k", [4096, 5136])
+def test_a_copy_in_bf16_has_every_row(scheme: str, k: int) -> None:
+    """Too few tiles for the card, so that cuBLAS multiplies; the last chunk of K is a whole one, or not."""
+    model = nn.Linear(k, 1024, device="cuda", dtype=torch.bfloat16).eval().requires_grad_(False)
+    x = torch.randn(1500, k, device="cuda", dtype=torch.bfloat16)
+    with mock.patch.object(lowering_triton, "default", return_value=None):
+        y, report = run(model, x, schemes=scheme)[1:]
+    assert report.totals["quantized"] == 1 and str(report.layers[0].kernel).startswith("portable"), str(report)
+    assert sqnr_db(y, linear64(x, model, SCHEMES[scheme], from_pack(model.weight, SCHEMES[scheme]))) >= 45
