@@ -17,7 +17,7 @@ from aoquant_inductor import _inductor_machine, card, ptxas
 from aoquant_inductor.scheme import resolve
 
 pytestmark = pytest.mark.gpu
-M, N, K = 1024, 4096, 1024
+M, N, K = 1024, 4096, 2048
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +92,9 @@ if {late!r}:
     os.environ.update({late!r})
 import aoquant_inductor
 from aoquant_inductor import _inductor_machine
-layer = torch.nn.Linear(1024, 4096, device="cuda", dtype=torch.bfloat16).eval().requires_grad_(False)
+layer = torch.nn.Linear(2048, 4096, device="cuda", dtype=torch.bfloat16).eval().requires_grad_(False)
 function = torch.compile(layer, backend="aoquant")
-x = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
+x = torch.randn(1024, 2048, device="cuda", dtype=torch.bfloat16)
 y = function(x).float()
 assert (y - layer(x).float()).norm() < 0.02 * y.norm()
 report = aoquant_inductor.report(function)
