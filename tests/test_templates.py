@@ -70,7 +70,7 @@ BY_PTXAS = {
         ("int8dq", 28672, 4096, 16, "16x64x256 swapped"), ("int8dq", 28672, 4096, 256, "128x128x128"),
         # tests/gpu/test_splits.py adds up parts of these
         ("int8dq", 1280, 5120, 256, "64x64x128 swapped split 3"), ("int8wo", 1280, 5120, 256, "128x64x128 swapped held split 6"), ("int4wo-128", 1280, 5120, 256, "128x64x128 scaled split 6"),
-        ("int8dq-int4w", 1280, 5120, 256, "64x64x128 split 3"), ("int8dq-int4w-128", 1280, 5120, 256, "64x64x256 split 3"),
+        ("int8dq-int4w", 1280, 5120, 256, "64x64x256 split 3"), ("int8dq-int4w-128", 1280, 5120, 256, "64x64x256 split 3"),
         ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, None),
     ],
     (13, 5): [
@@ -82,7 +82,7 @@ BY_PTXAS = {
         ("int8wo", 5120, 13824, 256, "256x128x64 swapped carried tma split 3"), ("int4wo-128", 5120, 13824, 64, "64x64x128 split 3"),
         # a program for a multiprocessor, or fewer: more stages
         ("int8wo", 1280, 5120, 256, "128x64x128 swapped carried tma alone split 3"), ("int4wo-128", 1280, 5120, 256, "128x64x128 carried tma alone scaled split 3"),
-        ("int8wo", 4096, 4096, 256, "256x64x64 swapped carried tma alone split 2"),
+        ("int8wo", 4096, 4096, 256, "128x64x128 swapped carried tma alone"),
         ("int4wo-32-asym", 3840, 1280, 256, "128x64x128 carried tma alone scaled"), ("int8wo", 6144, 4096, 256, "256x64x64 swapped carried tma alone"),
         # a few tiles more than multiprocessors, in parts beside the others
         ("int4wo-32", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"), ("int8wo", 5120, 1280, 256, "128x64x128 swapped carried tma tail split 4"),
