@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ if torch.cuda.is_available():
 
 import offline
 
-from aoquant_inductor.templates import Config, Kernel, gemv, int4, int4_few, linear
+from aoquant_inductor.machine_code import disassemble
+from aoquant_inductor.templates import Config, Kernel, costs, gemv, int4, int4_few, linear
 
 
 @pytest.mark.parametrize(("scheme", "kernel", "config", "loads"), [
@@ -89,3 +91,20 @@ def test_a_program_divides_for_its_tile_only_where_groups_are_not_equal(m: int, 
     ptx = str(offline.assemble(rendered.code, tmp_path).asm["ptx"])
     before = ptx[: ptx.index("cp.async")]
     assert bool(re.search(r"\b(?:div|rem)\.[su]32", before)) == divides
+
+
+@pytest.mark.parametrize(("scheme", "m", "kernel", "config"), [
+    ("int8wo", 16, linear.INT8_WEIGHT_ONLY, replace(linear.W16, split_k=4)), ("int4wo-128", 16, int4.SUMS, replace(int4.L16, split_k=6)),
+    ("int8dq", 256, linear.INT8_DYNAMIC, replace(linear.D512, split_k=2)), ("int4wo-128", 256, int4.SUMS, replace(int4.L128, split_k=2)),
+], ids=lambda v: str(v) if isinstance(v, Config) else "")
+def test_parts_are_loaded_past_l1_and_behind_their_count(scheme: str, m: int, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    """The machine code: a program's part is in memory before it counts, and no other's is asked for before it has. Of a small tile
+    nothing empties L1.
+    """
+    rendered = offline.render(scheme, m, 256, 4096, torch.bfloat16, bias=False, config=(kernel, config))
+    text = disassemble(offline.assemble(rendered.code, tmp_path).asm["cubin"])
+    assert text is not None
+    found = [what for what, _ in groupby(re.findall(r"\b(MEMBAR|ATOMG|CCTL\.IVALL|LDG\.E\.128\.STRONG\.GPU)", text))]
+    assert found[:2] == ["MEMBAR", "ATOMG"] and found[-1] == "LDG.E.128.STRONG.GPU", found
+    assert found.count("LDG.E.128.STRONG.GPU") == 1, found
+    assert ("CCTL.IVALL" in found) == costs.sliced(config.block_m * config.block_n), found
