@@ -67,11 +67,6 @@ class Row:
         return n * k * resolve(scheme).weight.bits / 8 / RATES[card]
 
     @property
-    def sums(self) -> bool:
-        """Whether adding up its splits takes time of its own."""
-        return self.split > 1 and not prices.hidden(self.before, self.area)
-
-    @property
     def written(self) -> float:
         card, _, n, _, m = self.problem
         return prices.bytes_written(m, n, self.area) / RATES[card]
@@ -116,7 +111,7 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
     few, tail = waves <= prices.PAIR, torch.tensor([r.before > 0 for r in measured])
-    is_split = torch.tensor([float(r.sums) for r in measured])
+    is_split = torch.tensor([float(r.split > 1 and not prices.hidden(r.before, r.area)) for r in measured])
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
@@ -172,9 +167,9 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) ->
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
         whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory, r.before, r.written)
-        if not r.sums:
+        if r.split == 1:
             return whole
-        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]))
+        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]), r.before)
 
     problems = defaultdict(list)
     for r in measured:

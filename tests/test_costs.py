@@ -102,21 +102,23 @@ def test_a_tail_is_priced_by_the_steps_of_a_multiprocessor() -> None:
     assert fast < slow and fast / slow == pytest.approx(90.17 / 95.21, rel=0.07)  # as measured, h200.tune.csv
 
 
-@pytest.mark.parametrize("block", [(64, 32), (64, 64), (256, 128)])  # added up by the last program, by all; with a tail
-def test_a_fit_finds_the_costs_that_times_were_made_of(block: tuple[int, int]) -> None:
+# added up by the last program, by all; with a tail, whose sums the whole tiles hide or do not
+@pytest.mark.parametrize(("block", "tails"), [((64, 32), False), ((64, 64), False), ((128, 64), True), ((256, 128), True)])
+def test_a_fit_finds_the_costs_that_times_were_made_of(block: tuple[int, int], tails: bool) -> None:
     """By the formula that default mode chooses by: the two are written apart."""
     true, split = costs.Cost(2.5, 0.4, 0.22, 0.28), costs.Cost(0.8, 0.3, 0.0, 2.0)
     area, measured = block[0] * block[1], []
-    for n, k, m in itertools.product((896, 4096, 28672), (1280, 4096, 14336), (64, 256, 1024)):
+    for n, k, m in itertools.product((896, 4096, 6144, 28672), (1280, 4096, 14336), (64, 256, 1024)):
         tiles, steps = -(-m // block[0]) * -(-n // block[1]), k // 128
         for parts in (1, 2, 4):
             row = fit.Row(("h200", "int8dq", n, k, m), "W8A8", "a config", parts, tiles, area, -(-steps // parts), 0.0)
-            if parts > 1 and area >= costs.FULL_AREA and tiles > fit.SMS:
+            if parts > 1 and tails and tiles > fit.SMS:
                 whole, rest = divmod(tiles, fit.SMS)
                 row = replace(row, tiles=rest, steps=costs.with_tail(tiles, fit.SMS, steps, parts), before=whole)
             us = true.us(row.tiles * parts, row.steps, fit.SMS, row.memory, row.before, row.written)
-            measured.append(replace(row, us=us + costs.of_split(parts, row.tiles, area, fit.SMS, split)))
-    assert (area >= costs.FULL_AREA) == any(row.before and row.written for row in measured)
+            measured.append(replace(row, us=us + costs.of_split(parts, row.tiles, area, fit.SMS, split, row.before)))
+    assert tails == any(row.before for row in measured) and (area >= costs.FULL_AREA) == any(row.written for row in measured)
+    assert (block == (128, 64)) == any(costs.hidden(row.before, area) for row in measured)
     found = fit.fit(measured)
     assert found["W8A8", "a config"] == pytest.approx(true, rel=0.05)
     assert found[costs.split_of("W8A8", area)] == pytest.approx(split, rel=0.2)

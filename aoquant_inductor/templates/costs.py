@@ -125,9 +125,11 @@ def hidden(before: int, area: int) -> bool:
     return before == 1 and area < FULL_AREA
 
 
-def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost) -> float:
-    """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory."""
-    if split == 1:
+def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost, before: int = 0) -> float:
+    """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory. before: as
+    in Cost.us.
+    """
+    if split == 1 or hidden(before, area):
         return 0.0
     start, step, _, full = cost
     one, others = shared(split, tiles, area)

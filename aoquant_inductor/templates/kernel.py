@@ -193,8 +193,8 @@ class Kernel:
         tiles = config.rest(m, p.n)
         written = costs.bytes_written(m, p.n, area) / costs.BYTES_PER_US
         us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory, before, written)
-        if split > 1 and not costs.hidden(before, area):
-            us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)])
+        if split > 1:
+            us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)], before)
         return us
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
