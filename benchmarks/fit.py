@@ -3,9 +3,9 @@
     us = start + norm(steps * max(step, waves * (pair or full)), bytes of the weight / rate),
        + bytes of y / rate where a program has a multiprocessor for itself, all of it times costs.HEAT where it is long,
        and for split K + split.start + one * block_m * block_n / 8192 * (split.step + split.full * others / multiprocessors),
-       but where whole tiles hide it (costs.hidden)
+       less what whole tiles hide of it (Cost.left)
 
-steps: of K, by one program. waves: ceil(programs / multiprocessors); pair: for up to two; full: of a tail.
+steps: of K, by one program. waves: programs of a multiprocessor (costs.waves_of); pair: for one and two; full: of a tail.
 one, others: split, tiles; of a large tile 1, split * tiles. Four numbers for a config, three for each kind of splits of a
 kernel, by the least sum of |log(model / measured)| ** POWER. What is printed says how good they are: the time of the config
 that the model takes over that of the fastest one measured.
@@ -47,7 +47,7 @@ FEWEST = 16  # rows: below, kernels of other kinds run
 @dataclass(frozen=True)
 class Row:
     """One measured config: where, which, its tiles of M x N, the steps of K of a program; of a tail, the tiles that are left,
-    all steps of a multiprocessor, and how many tiles it had `before`.
+    the steps of a whole one, and how many such a multiprocessor had `before`.
     """
 
     problem: tuple[str, str, int, int, int]  # card, scheme, N, K, M
@@ -65,6 +65,10 @@ class Row:
         """Microseconds that the weight takes to be read."""
         card, scheme, n, k, _ = self.problem
         return n * k * resolve(scheme).weight.bits / 8 / RATES[card]
+
+    @property
+    def waves(self) -> float:
+        return prices.waves_of(self.tiles * self.split, self.split, self.before, SMS)
 
     @property
     def written(self) -> float:
@@ -93,11 +97,12 @@ def rows(folder: Path) -> Iterator[Row]:
                 split = int(found.group(1)) if found else 1
                 steps = -(-k // (bk * (2 if " dots" in text else 1)))
                 tiles = -(-m // bm) * -(-n // bn)
-                if not prices.height_fits(bm, m) or not (tail or prices.splits_fit(split, tiles, bm * bn, SMS)):
+                warps = int(re.search(r" w(\d)", text).group(1))  # type: ignore[union-attr]
+                if not prices.height_fits(bm, m) or not (tail or prices.splits_fit(split, tiles, bm * bn, warps, SMS)):
                     continue
                 each, before = -(-steps // split), 0
                 if tail:
-                    before, tiles, each = tiles // SMS, tiles % SMS, prices.with_tail(tiles, SMS, steps, split)
+                    before, tiles, each = tiles // SMS, tiles % SMS, steps
                 yield Row(problem, label, re.sub(r" split \d+", "", text), split, tiles, bm * bn, each, us, before)
 
 
@@ -109,9 +114,10 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     of = torch.tensor([ways.index(split_of(r.label, r.area)) if r.split > 1 else 0 for r in measured])
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
-    waves = torch.tensor([float(-(-r.tiles * r.split // SMS)) for r in measured])
-    few, tail = waves <= prices.PAIR, torch.tensor([r.before > 0 for r in measured])
-    is_split = torch.tensor([float(r.split > 1 and not prices.hidden(r.before, r.area)) for r in measured])
+    waves = torch.tensor([float(r.waves) for r in measured])
+    few = (waves <= prices.PAIR) & (waves == waves.floor())
+    is_split = torch.tensor([float(r.split > 1) for r in measured])
+    left = torch.tensor([(1 - 1 / r.split) * r.steps * prices.hides(r.before, r.area) for r in measured])
     shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
@@ -126,9 +132,9 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
         start, alone, pair, times_pair = raw.exp().unbind(1)
         cost = torch.stack([start, pair * (1 + alone), pair, pair * times_pair], 1)
         once, by_one, by_all = split.exp()[of].unbind(1)
-        more = is_split * once + parts * (by_one + others * by_all)
         begin, step, pair, full = cost[index].unbind(1)
-        work = steps * torch.where(tail, full, torch.maximum(step, waves * torch.where(few, pair, full)))
+        more = (is_split * once + parts * (by_one + others * by_all) - left * step).clamp_min(0)
+        work = steps * torch.maximum(step, waves * torch.where(few, pair, full))
         work = (work**NORM + memory**NORM) ** (1 / NORM)
         cool = begin + work + written
         hot = cool * (1 + prices.HEAT * (cool / prices.HEAT_FROM - 1).clamp(0, 1))
@@ -166,10 +172,12 @@ def fit_cublas(measured: Sequence[Row]) -> list[float]:
 def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) -> None:
     """Prints how far the model's choices are from the fastest measured."""
     def modelled(r: Row) -> float:
-        whole = Cost(*costs[r.label, r.config]).us(r.tiles * r.split, r.steps, SMS, r.memory, r.before, r.written)
+        cost = Cost(*costs[r.label, r.config])
+        us = cost.us(r.waves, r.steps, r.memory, r.written)
         if r.split == 1:
-            return whole
-        return whole + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]), r.before)
+            return us
+        left = cost.left(r.split, r.steps, r.before, r.area)
+        return us + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]), left)
 
     problems = defaultdict(list)
     for r in measured:

@@ -89,6 +89,8 @@ BY_PTXAS = {
         ("int4wo-32-asym", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"), ("int4wo-128", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"),
         ("int4wo-128", 6144, 4096, 512, "128x128x128 carried tma scaled tail split 2"), ("int4wo-128", 18944, 3584, 128, "128x128x128 carried tma scaled tail split 8"),
         ("int8dq", 1280, 5120, 1024, "128x64x128 swapped tail split 4"),
+        ("int8dq-int4w", 1280, 5120, 1024, "64x64x256 tail split 2"), ("int8dq-int4w-128", 1280, 5120, 1024, "64x64x256 tail split 2"),
+        ("int8dq-int4w", 5120, 13824, 256, "64x64x256 tail split 2"), ("int8dq-int4w-128", 5120, 1280, 256, "64x64x128"),
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int4wo-128", 1280, 5120, 1024, None), ("int4wo-32", 1280, 5120, 1024, None), ("int8wo", 1280, 5120, 1024, None),
         ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 896, 4864, 1024, None), ("int4wo-32-asym", 896, 4864, 1024, None),

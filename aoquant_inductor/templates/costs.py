@@ -51,13 +51,18 @@ class Cost(NamedTuple):
     pair: float
     full: float
 
-    def us(self, programs: int, steps: int, sms: int, memory: float, before: int = 0, written: float = 0.0) -> float:
-        """`memory`: microseconds that the weight takes to be read, whatever is done with it. before: programs that `steps`
-        has already, one after the other, 0 without a tail. written: microseconds of y that nobody hides.
+    def us(self, waves: float, steps: int, memory: float, written: float = 0.0) -> float:
+        """waves: programs of a multiprocessor, of so many steps each; no whole number is a tail's, whose last one is a part.
+        `memory`: microseconds that the weight takes to be read, whatever is done with it. written: microseconds of y that
+        nobody hides.
         """
-        waves = math.ceil(programs / sms)
-        work = steps * (self.full if before else max(self.step, waves * (self.pair if waves <= PAIR else self.full)))
+        each = self.pair if waves in range(PAIR + 1) else self.full
+        work = steps * max(self.step, waves * each)
         return heated(self.start + float((work**NORM + memory**NORM) ** (1 / NORM)) + written)
+
+    def left(self, split: int, steps: int, before: int, area: int) -> float:
+        """Microseconds that whole tiles take when the parts of a tail's are done: what hides adding these up."""
+        return steps * (1 - 1 / split) * self.step if hides(before, area) else 0.0
 
 
 def heated(us: float) -> float:
@@ -91,11 +96,14 @@ def height_fits(block_m: int, m: int) -> bool:
     return min(rows // 2, 64) <= block_m <= max(16, rows)
 
 
-def splits_fit(split: int, tiles: int, area: int, sms: int) -> bool:
-    """Whether it is worth a thought: programs that add up a tile together have to run at the same time."""
-    waves = (1 if area >= FULL_AREA else 2) if sliced(area) else MOST_WAVES
-    few = split <= MOST_SLICED or not sliced(area)
-    return split == 1 or (few and split * tiles <= waves * sms)
+def splits_fit(split: int, tiles: int, area: int, warps: int, sms: int) -> bool:
+    """Whether it is worth a thought: programs that add up a tile together have to run at the same time. Two programs of eight
+    warps that each add up half of a large tile need more registers than there are (H200: .65 of the price in two waves).
+    """
+    if split == 1 or not sliced(area):
+        return split == 1 or split * tiles <= MOST_WAVES * sms
+    alone = area >= FULL_AREA or (warps == 8 and 2 * area >= FULL_AREA and slices(split) < 4)
+    return split <= MOST_SLICED and split * tiles <= (1 if alone else 2) * sms
 
 
 def split_of(label: str, area: int) -> tuple[str, str]:
@@ -113,27 +121,27 @@ def bytes_written(m: int, n: int, area: int) -> int:
     return 2 * m * n if area >= FULL_AREA else 0
 
 
-def with_tail(tiles: int, at_once: int, steps: int, split: int) -> int:
-    """Steps of K of a multiprocessor, one tile after the other, the last one shared with others."""
-    return tiles // at_once * steps + -(-steps // split)
+def waves_of(programs: int, split: int, before: int, sms: int) -> float:
+    """Programs of a multiprocessor, where a tail has `before` whole ones of each and a part of one more."""
+    return before + 1 / split if before else math.ceil(programs / sms)
 
 
-def hidden(before: int, area: int) -> bool:
-    """Whether adding up a tail takes no time of its own: behind one whole tile of each multiprocessor, as others still multiply
-    (H200: 20 % too dear otherwise, within 5 % so; behind two and more, and of the largest tiles, it shows).
+def hides(before: int, area: int) -> bool:
+    """Whether a tail is added up while whole tiles of the multiprocessor still multiply: one of each or two small ones (H200:
+    20 % too dear otherwise, within 5 % so; behind more, and of the largest tiles, it shows).
     """
-    return before == 1 and area < FULL_AREA
+    return before > 0 and (before - 1) * area < SPLIT_AREA and area < FULL_AREA
 
 
-def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost, before: int = 0) -> float:
-    """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory. before: as
-    in Cost.us.
+def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost, left: float = 0.0) -> float:
+    """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory. left: of
+    whole tiles that hide it.
     """
-    if split == 1 or hidden(before, area):
+    if split == 1:
         return 0.0
     start, step, _, full = cost
     one, others = shared(split, tiles, area)
-    return start + one * area / SPLIT_AREA * (step + full * others / sms)
+    return max(0.0, start + one * area / SPLIT_AREA * (step + full * others / sms) - left)
 
 
 def of_bf16(m: int, n: int, k: int, sms: int, cost: Cost | None = None) -> float:

@@ -177,7 +177,7 @@ class Kernel:
                 continue
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
             for split in costs.SPLITS if may and not base.tail else (1,):
-                fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, card.sms)
+                fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, base.num_warps, card.sms)
                 if split > 1 and (2 * split > steps or not fits):
                     break
                 if (able := self.config(p, card, replace(base, split_k=split))) is not None:
@@ -187,14 +187,14 @@ class Kernel:
         """The price of `wanted` as it can run."""
         m, memory, known = ir.rows_hint(p.m), p.n * p.k * p.bits / 8 / costs.BYTES_PER_US, costs.costs()
         split, tiles, steps, area = config.split_k, wanted.tiles(m, p.n), wanted.steps(p.k), wanted.block_m * wanted.block_n
-        each, before = -(-steps // split), 0
-        if config.tail:
-            before, each = tiles // config.tail, costs.with_tail(tiles, config.tail, steps, split)
-        tiles = config.rest(m, p.n)
+        rest, before = config.rest(m, p.n), tiles // config.tail if config.tail else 0
+        steps = steps if before else -(-steps // split)
         written = costs.bytes_written(m, p.n, area) / costs.BYTES_PER_US
-        us = known[self.label, costs.key_of(wanted)].us(tiles * split, each, card.sms, memory, before, written)
+        cost = known[self.label, costs.key_of(wanted)]
+        us = cost.us(costs.waves_of(rest * split, split, before, card.sms), steps, memory, written)
         if split > 1:
-            us += costs.of_split(split, tiles, area, card.sms, known[costs.split_of(self.label, area)], before)
+            left = cost.left(split, steps, before, area)
+            us += costs.of_split(split, rest, area, card.sms, known[costs.split_of(self.label, area)], left)
         return us
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
