@@ -98,7 +98,7 @@ def height_fits(block_m: int, m: int) -> bool:
 
 def splits_fit(split: int, tiles: int, area: int, warps: int, sms: int) -> bool:
     """Whether it is worth a thought: programs that add up a tile together have to run at the same time. Two programs of eight
-    warps that each add up half of a large tile need more registers than there are (H200: .65 of the price in two waves).
+    warps that each add up half of a large tile need more registers than there are (H200: 1.5 times the price in two waves).
     """
     if split == 1 or not sliced(area):
         return split == 1 or split * tiles <= MOST_WAVES * sms
