@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch
 from torch import fx, nn
 
 from aoquant_inductor._inductor import private
+
+AUGMENTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+IN_PLACE = frozenset([operator.setitem, *(getattr(operator, f"i{name}") for name in AUGMENTED)])
 
 
 @dataclass(frozen=True)
@@ -116,20 +120,34 @@ def module_name(node: fx.Node) -> str:
 
 
 def written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:
-    """Whether the graph writes to a placeholder or a part of it. Dynamo has run it on fake tensors, whose versions count that,
-    but not what is written through .data or as one of a list: that is found by the names of ops.
+    """Whether the graph writes to what a node is, or to a part of it. Dynamo has run it on fake tensors, whose versions count
+    that, but not what is written through .data, as one of a list or in inference mode: that is found by the ops.
     """
     values = ((node, node.meta.get("example_value")) for node in gm.graph.nodes)
     fakes = {node: value for node, value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided}
     storage = lambda node: fakes[node].untyped_storage()._cdata  # noqa: E731
-    by_name = set()
-    for node in gm.graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if node.op in ("call_function", "call_method") and name.endswith("_") and not name.endswith("__"):
-            first = node.args[0] if node.args else ()
-            by_name |= {storage(one) for one in (first if isinstance(first, (list, tuple)) else (first,)) if one in fakes}
+    by_op = {storage(one) for node in gm.graph.nodes for one in _writes_to(node) if one in fakes}
     counted = {node for node, value in fakes.items() if not value.is_inference() and value._version > 0}
-    return lambda node: node in counted or (node in fakes and storage(node) in by_name)
+    return lambda node: node in counted or (node in fakes and storage(node) in by_op)
+
+
+def _writes_to(node: fx.Node) -> list[fx.Node]:
+    """What an op writes to, as far as its name, its `out` or its schema say."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    name, op = str(getattr(node.target, "__name__", node.target)), node.target
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        op = getattr(op, "default", op)
+    if isinstance(op, torch._ops.OpOverload):
+        arguments = op._schema.arguments
+        given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+        found = [given.get(a.name) for a in arguments if a.is_write]
+    elif op in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        found = [node.args[0] if node.args else None]
+    else:
+        found = [node.kwargs.get("out"), node.args[0] if node.kwargs.get("inplace") and node.args else None]
+    flat = [one for value in found for one in (value if isinstance(value, (list, tuple)) else (value,))]
+    return [one for one in flat if isinstance(one, fx.Node)]
 
 
 def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None:

@@ -87,7 +87,7 @@ def _write(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool, many
             x = graph.call_method("to", (x, site.out_dtype))
         name = REQUANTIZED if site.requantized(many) and not differentiable else site.scheme.pattern
         rows = int(site.m) if isinstance(site.m, sympy.Integer) else None
-        pattern, rest = PATTERNS[name], (site.scheme, site.out_dtype, shared, rows)
+        pattern, rest = PATTERNS[name], (site.scheme, site.out_dtype, {} if site.x_written else shared, rows)
         if pack.packed is site.packed:
             if not differentiable:
                 return pattern(graph, x, pack, bias, *rest)

@@ -145,6 +145,7 @@ class Site:
     scheme: Scheme | None
     out_dtype: torch.dtype
     read_elsewhere: bool = False  # the weight, by something in the graph that is no linear
+    x_written: bool = False  # by the graph, in place: what another linear reads may be of before or after it
     entry: Entry | None = None
     packed: Packed | None = None
     launch: Packed | None = None  # what its kernel reads: `packed`, or that of several siblings
@@ -209,6 +210,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
     written = dynamo.written(gm)
     for site in sites:
+        site.x_written = written(site.x)
         if written(site.weight):
             site.skip("written", "is written to by the graph that reads it: a pack would be of before.")
     of_node = {site.node: site for site in sites}

@@ -27,7 +27,7 @@ def groups(sites: Sequence[Site]) -> list[list[Site]]:
     """The sites in order, those together that one launch can serve."""
     found: dict[Any, list[Site]] = {}
     for i, site in enumerate(sites):
-        together = site.scheme is not None and site.value.device.type in lowering.TOGETHER
+        together = site.scheme is not None and not site.x_written and site.value.device.type in lowering.TOGETHER
         key: Any = (site.x, site.scheme, site.layout, site.value.dtype, site.out_dtype) if together else i
         if any(other.value is site.value for other in found.get(key, ())):
             key = i
