@@ -119,6 +119,11 @@ def module_name(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def stream(node: fx.Node) -> object:
+    """The stream that the function itself puts a node on (`with torch.cuda.stream(s)`), as Dynamo notes from torch 2.13 on."""
+    return node.meta.get("custom", {}).get("stream")
+
+
 def written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:
     """Whether the graph writes to what a node is, or to a part of it. Dynamo has run it on fake tensors, whose versions count
     that, but not what is written through .data, as one of a list or in inference mode: that is found by the ops.

@@ -128,6 +128,8 @@ class Entry:
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)
                 self.packs[key] = (self.packs[key][0], sqnr)
+        if weight.device.type != "cpu":
+            torch.accelerator.current_stream(weight.device).synchronize()  # the next call may be on another stream
         self.accept(weight, stamp)
         self.repacks += 1
         if self.release is not None:

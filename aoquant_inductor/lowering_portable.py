@@ -165,7 +165,7 @@ def grad(p: Problem) -> Any:
 
 def requantize(p: Problem, row: Any, layout: str) -> tuple[str, Any]:
     """(kernel name, the weight as int8[N, K] with the scales row[1, N]), written to memory once."""
-    if p.layout == "cuda_bf16" and p.k and p.n:
+    if p.layout == "cuda_bf16" and p.k and p.n and not p.beyond_32_bits:
         return "Triton to int8", whole.rows(p, row)
     if layout != "plain" or p.k == 0 or p.n == 0:
         return "eager to int8", ir.fallback(torch.ops.aoquant.requantize.default, p.w, p.scale, p.zero, row, *p.key, layout)

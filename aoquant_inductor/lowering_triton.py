@@ -43,7 +43,7 @@ def hint(device: torch.device, layout: str, dtype: torch.dtype) -> str | None:
 
 
 def _linear(p: Problem, known: Sequence[Kernel], reference: inductor.Reference) -> tuple[str, Any] | None:
-    if ir.static(p.m) == 0 or p.k == 0 or p.n == 0:
+    if ir.static(p.m) == 0 or p.k == 0 or p.n == 0 or p.beyond_32_bits:
         return None
     card = Card.of(p.device)
     kernels = [kernel for kernel in known if kernel.fits(p, card)]

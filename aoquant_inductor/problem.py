@@ -101,6 +101,12 @@ class Problem:
         return self.x_scale is not None or self.symmetric is not None
 
     @property
+    def beyond_32_bits(self) -> bool:
+        """Whether x, y or the weight have more elements than the indices of a Triton kernel of ours tell apart."""
+        m = ir.rows_hint(self.m)
+        return max(m * self.k, m * self.n, self.n * self.k) > torch.iinfo(torch.int32).max
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """The nodes that this problem has, by their names in every kernel (templates/common.jinja)."""
         sums = None if self.x_zero is None and self.symmetric is not False else self.sums

@@ -211,6 +211,8 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
     written = dynamo.written(gm)
     for site in sites:
         site.x_written = written(site.x)
+        if dynamo.stream(site.node) is not None:
+            site.skip("stream", "is on a stream of its own in the graph, where what kernels share is not safe.")
         if written(site.weight):
             site.skip("written", "is written to by the graph that reads it: a pack would be of before.")
     of_node = {site.node: site for site in sites}

@@ -22,7 +22,7 @@ from torch._subclasses import fake_tensor
 
 from aoquant_inductor import _inductor_reduction, activations, packing, qparams
 from aoquant_inductor.layouts import Packed
-from aoquant_inductor.scheme import SCHEMES
+from aoquant_inductor.scheme import SCHEMES, resolve
 from aoquant_inductor.templates import Config, Kernel, int4_few
 from benchmarks import render as render_module
 from benchmarks.render import Rendered, call, kernel, load
@@ -97,10 +97,10 @@ def pretended_gpu(arch: int = 90, sms: int = 132) -> Iterator[None]:
 
 
 def _operands(
-    scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, quantizing: bool = False
+    scheme: Any, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, quantizing: bool = False
 ) -> tuple[Any, dict[str, torch.Tensor], Packed]:
     """(the op as a function of tensors by name, real tensors, its pack) for one linear on the CPU."""
-    choice = SCHEMES[scheme]
+    choice = resolve(scheme)
     weight = torch.randn(n, k).to(dtype)
     layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
     p = packing.pack(qparams.quantize(weight, choice.weight), choice, layout)
@@ -109,7 +109,7 @@ def _operands(
 
 
 def render(
-    scheme: str, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
+    scheme: Any, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
     config: tuple[Kernel, Config] | None = None, quantizing: bool = False, start: int = 0, sms: int = 132,
 ) -> Rendered:
     """One linear with real CPU operands and the reference's result; `config`: the kernel and config to take, not the default;
@@ -163,9 +163,9 @@ def ptxas_log(built: Any, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def render_grad(scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Rendered, str]:
+def render_grad(scheme: Any, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Rendered, str]:
     """The backward of one linear, and the layout of its weight."""
-    choice = SCHEMES[scheme]
+    choice = resolve(scheme)
     with pretended_gpu():
         layout = packing.choose(choice, torch.device("cuda", 0), dtype, (n, k))
     p = packing.pack(qparams.quantize(torch.randn(n, k).to(dtype), choice.weight), choice, layout)

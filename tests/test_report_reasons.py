@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from util import BF16, Graph, Two, assert_counts, compiled, dequantized, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import NothingQuantized
+from aoquant_inductor import NothingQuantized, rewrite
 from aoquant_inductor.weights import STORE
 
 
@@ -151,3 +152,19 @@ def test_what_dynamo_runs_eager_is_in_the_report() -> None:
     assert_counts(report, 0, 1, not_called=1)
     assert "no graph of it was compiled" in report.summary()
     assert not aoquant_inductor.report(torch.compile(Eager())).layers, "by another backend"
+
+
+def test_a_linear_on_a_stream_of_its_own_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.13 notes `with torch.cuda.stream(s)` of the compiled function; without a GPU, noted here in its place."""
+    find = rewrite.find
+
+    def noted(gm: fx.GraphModule, *rest: Any) -> list[rewrite.Site]:
+        last = gm.graph.find_nodes(op="call_function", target=rewrite.LINEAR[0])[-1]
+        last.meta["custom"] = {"stream": 1}
+        found = find(gm, *rest)
+        del last.meta["custom"]  # Inductor has no streams on a CPU
+        return found
+
+    monkeypatch.setattr(rewrite, "find", noted)
+    _, _, report = run(Two().eval(), tokens())
+    assert_counts(report, 1, 2, stream=1)

@@ -13,7 +13,7 @@ from aoquant_inductor import _inductor_choices, lowering_portable, lowering_trit
 from aoquant_inductor._inductor_choices import COUNTERS
 from aoquant_inductor.card import UNKNOWN, Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.scheme import SCHEMES
+from aoquant_inductor.scheme import resolve
 from aoquant_inductor.templates import KERNELS, QUANTIZING, Config, Kernel, costs, int4, int4_few, linear
 from aoquant_inductor.templates.kernel import MAX_SPLIT
 
@@ -35,8 +35,8 @@ class Node:
         return self.dtype
 
 
-def problem(scheme: str, n: int, k: int, m: int, card: Card = H100, quantizing: bool = False) -> Problem:
-    choice, bf16 = SCHEMES[scheme], torch.bfloat16
+def problem(scheme: Any, n: int, k: int, m: int, card: Card = H100, quantizing: bool = False) -> Problem:
+    choice, bf16 = resolve(scheme), torch.bfloat16
     group, dynamic, int4 = choice.weight.group_size or 0, choice.activation is not None, choice.weight.bits == 4
     if int4:
         layout, w = "cuda_int8" if dynamic else "cuda_bf16", Node((n // 8, k // 128, 8, 16), torch.int32)
@@ -177,6 +177,37 @@ def test_everything_has_a_default_that_fits(scheme: str, card: Card) -> None:
             _check_that_a_copy_wins(p, card)
             continue
         _check(p, card, *found)
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(151936, 896, 16384), (896, 151936, 16384), (151936, 16384, 64)])
+@pytest.mark.parametrize("scheme", ["int8dq", "int8wo", "int4wo-128", "int8dq-int4w"])
+def test_what_32_bits_do_not_count_is_not_ours(scheme: str, n: int, k: int, m: int) -> None:
+    assert lowering_triton.linear(problem(scheme, n, k, m)) is None
+    assert problem(scheme, n, k, m).beyond_32_bits and not problem(scheme, 32768, 32760, 65535).beyond_32_bits
+
+
+@pytest.mark.parametrize(("card", "sms"), [(86, 82), (86, 28), (120, 170), (80, 108)])
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq", "int4wo-128", "int4wo-32-asym", "int8dq-int4w", "int8dq-int4w-128"])
+def test_no_default_lost_stages_on_a_card_with_less_shared_memory(scheme: str, card: int, sms: int) -> None:
+    """What costs.csv has was measured with all of them: one stage waits for every load."""
+    here = Card(card, sms, 166912 if card == 80 else 101376, (12, 8))
+    for n, k, m in itertools.product((896, 6144, 28672), (1280, 4096), (16, 64, 256, 1024)):
+        p = problem(scheme, n, k, m, here)
+        found = default(p, here)
+        if found is None:
+            _check_that_a_copy_wins(p, here)
+            continue
+        kernel, config = found
+        tile = lambda c: (c.block_m, c.block_n, c.block_k, c.num_warps, c.group_m)  # noqa: E731
+        assert not kernel.label or config.num_stages in {c.num_stages for c in kernel.configs if tile(c) == tile(config)}, config
+
+
+@pytest.mark.parametrize("arch", [70, 75])
+def test_int8_activations_before_sm_80_are_not_ours(arch: int) -> None:
+    card = Card(arch, 40, 65536, (12, 8))
+    for scheme, own in (("int8dq", False), ("int8wo", True)):
+        p = replace(problem(scheme, 1024, 1024, 64, card), key=(1024, 1024, "int8", 0, "int", "plain"))
+        assert any(kernel.fits(p, card) for kernel in KERNELS) == own
 
 
 @pytest.mark.parametrize("m", [1, 4, 16, 300])

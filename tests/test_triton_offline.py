@@ -77,6 +77,25 @@ def test_every_config_compiles_without_spills(scheme: str, m: int, kernel: Kerne
     assert set(re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx)) <= {"0"}
 
 
+INT8_ZEROS = {"weight": "int8", "symmetric": False}
+
+
+@pytest.mark.parametrize(("scheme", "m", "n", "k"), [
+    (INT8_ZEROS, 256, 5120, 1280), (INT8_ZEROS | {"activation": "int8"}, 1024, 1280, 5120), (INT8_ZEROS | {"group_size": 64}, 256, 5120, 1280),
+])
+def test_int8_with_zeros_compiles_where_others_take_a_tail(scheme: dict[str, Any], m: int, n: int, k: int, tmp_path: Path) -> None:
+    check(offline.render(scheme, m, n, k, torch.bfloat16), tmp_path, 90)
+
+
+def test_int8_with_zeros_is_copied_by_what_knows_them() -> None:
+    """In default mode at 1280x5120, and in a backward: Inductor's own kernel writes the weight."""
+    code = offline.render(INT8_ZEROS, 1024, 1280, 5120, torch.bfloat16).code
+    assert "extern_kernels." in code and "aoquant_int8_dense" not in code
+    for more in ({}, {"group_size": 64}, {"zero_point": "float"}):
+        rendered, layout = offline.render_grad(INT8_ZEROS | more, 64, 256, 256, torch.bfloat16)
+        assert layout == "wgmma" and "extern_kernels.mm" in rendered.code and "aoquant_int8_dense" not in rendered.code
+
+
 def test_the_version_of_ptxas_is_known_here() -> None:
     assert card.ptxas_version(90) >= (12, 0)
 

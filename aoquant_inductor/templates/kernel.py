@@ -180,7 +180,9 @@ class Kernel:
                 fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, base.num_warps, card.sms)
                 if split > 1 and (2 * split > steps or not fits):
                     break
-                if (able := self.config(p, card, replace(base, split_k=split))) is not None:
+                able = self.config(p, card, replace(base, split_k=split))
+                # with fewer stages than it was measured with it is another config, with one it waits for every load
+                if able is not None and able.num_stages >= base.num_stages:
                     yield self._us(p, card, base, able), able
 
     def _us(self, p: Problem, card: Card, wanted: Config, config: Config) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
 
@@ -24,8 +25,8 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     block_k = max(least, block_k if p.groups == 1 else min(block_k, p.group_size))
     if p.groups > 1 and config.block_m * config.block_n > 64 * 32 * config.num_warps:
         return None  # the product of one step and the sums side by side do not fit a thread's registers
-    if p.zero is not None and p.groups == 1 and config.split_k != 1:
-        return replace(config, block_k=block_k, split_k=1)  # the sums of x are not shared by the programs of a tile
+    if p.zero is not None and p.groups == 1:  # the sums of x are not shared by the programs of a tile
+        return None if config.tail else replace(config, block_k=block_k, split_k=1)
     return replace(config, block_k=block_k)
 
 
@@ -37,6 +38,11 @@ def _keywords(p: Problem, config: Config) -> dict[str, Any]:
     }
 
 
+def _general(p: Problem, card: Card) -> bool:
+    """Before sm_80 (0 is another vendor's card) Triton does not compile int8 x int8."""
+    return p.layout in ("plain", "wgmma") and not (p.dynamic and 0 < card.arch < 80)
+
+
 GENERAL_CONFIGS = (
     Config(16, 32, 128, 4, 4),
     Config(64, 64, 128, 4, 4),
@@ -44,7 +50,7 @@ GENERAL_CONFIGS = (
     Config(128, 128, 64, 8, 3),
 )
 GENERAL = Kernel(
-    "linear", lambda p, card: p.layout in ("plain", "wgmma"), GENERAL_CONFIGS, _keywords, _adapt,
+    "linear", _general, GENERAL_CONFIGS, _keywords, _adapt,
     (
         Default(GENERAL_CONFIGS[0], upto=16), Default(GENERAL_CONFIGS[1], upto=64), Default(GENERAL_CONFIGS[2], upto=256),
         Default(GENERAL_CONFIGS[3]),

@@ -43,9 +43,11 @@ ROWS = Whole("int4_rows", Config(128, 32, 128, 2, 1), _int4, torch.int8)
 
 
 def dense(p: Problem, dtype: torch.dtype) -> Any | None:
-    """The dequantized weight[N, K] in `dtype`, or in what its kernel writes; None on a CPU, and for a layout without one."""
-    kernel = None if p.device.type == "cpu" else DENSE.get(p.layout)
-    return None if kernel is None else _write(p, kernel, kernel.dtype or dtype)
+    """The dequantized weight[N, K] in `dtype`, or in what its kernel writes; None on a CPU, for a layout without one, and for
+    zeros of int8, which its kernel does not know.
+    """
+    kernel = None if p.device.type == "cpu" or p.beyond_32_bits else DENSE.get(p.layout)
+    return None if kernel is None or (p.bits == 8 and p.zero is not None) else _write(p, kernel, kernel.dtype or dtype)
 
 
 def rows(p: Problem, row: Any) -> Any:
