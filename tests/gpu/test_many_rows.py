@@ -102,3 +102,17 @@ def test_a_weight_with_few_tiles_is_copied_for_cublas(name: str, dtype: torch.dt
     assert_counts(report, 1)
     assert report.layers[0].kernel == "portable: dequantize + mm"
     assert re.findall(r"(triton_[a-z]+)_\w+\.run\(", code) == ["triton_tem"], code
+
+
+@pytest.mark.parametrize("name", ["int8dq", "int8wo", "int4wo-128", "int8dq-int4w"])
+def test_more_results_than_32_bits_count(name: str) -> None:
+    """Rows around the first whose elements lie beyond 2**31, and the last."""
+    linear = nn.Linear(128, 151936, bias=False, device="cuda", dtype=BF16).eval()
+    function, x = compiled(linear, name), torch.randn(16384, 128, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        y = function(x)
+    first = 2**31 // 151936
+    w = from_pack(linear.weight, SCHEMES[name])
+    for row in (0, first, first + 1, 16383):
+        assert sqnr_db(y[row : row + 1], linear64(x[row : row + 1], linear, SCHEMES[name], w)) > 40, row
+    assert str(aoquant_inductor.report(function).layers[0].kernel).startswith("portable")
