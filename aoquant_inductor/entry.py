@@ -1,6 +1,7 @@
 """One packed weight: the Parameter, held weakly, its packs, and the state of it that they were made from.
 
-What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the data pointer (`.data =`);
+What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the storage (`.data =`), which is
+held weakly: its memory is free to go, but no other storage is taken for it, as one may be by its address;
 writes that PyTorch does not count (`p.data +=`, numpy views, fused optimizers) are seen by whoever reads all of the weight: the
 next compile does, no call does, so `refresh` repairs them.
 
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from aoquant_inductor import native, ops, packing, qparams
 from aoquant_inductor._inductor import memory_is_shared, plain_tensors
@@ -27,13 +29,20 @@ PackKey = tuple[Scheme, str, str]
 UNTRACKED = -1  # an inference tensor counts no versions
 
 
-def stamp_of(weight: torch.Tensor) -> tuple[int, int]:
-    """(version, data pointer): what every change that PyTorch knows of changes."""
+class Stamp(NamedTuple):
+    """What every change that PyTorch knows of changes; `storage` tells storages apart while both are referred to."""
+
+    version: int
+    pointer: int
+    storage: int
+
+
+def stamp_of(weight: torch.Tensor) -> Stamp:
     try:
         pointer = weight.data_ptr()
     except RuntimeError:  # it was let go
         pointer = 0
-    return UNTRACKED if weight.is_inference() else weight._version, pointer
+    return Stamp(UNTRACKED if weight.is_inference() else weight._version, pointer, weight.untyped_storage()._cdata)
 
 
 def digest_of(weight: torch.Tensor) -> torch.Tensor:
@@ -78,7 +87,7 @@ class Entry:
         key, drop = id(weight), keeper.drop
         self.ref = weakref.ref(weight, lambda ref: drop(key, ref))
         self.turn = keeper.turn
-        self.version, self.pointer = stamp_of(weight)
+        self.stamp, self.storage = stamp_of(weight), StorageWeakRef(weight.untyped_storage())
         self.digest: torch.Tensor | None = None  # of the values that were packed; None: not asked for
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         self.wholes: dict[PackKey, tuple[Packed, int]] = {}  # what a pack is a part of, and which
@@ -91,21 +100,21 @@ class Entry:
     def released(self) -> bool:
         """Whether the packs are all that is left."""
         weight = self.ref()
-        return self.release is not None and weight is not None and stamp_of(weight)[1] == 0 and weight.numel() > 0
+        return self.release is not None and weight is not None and stamp_of(weight).pointer == 0 and weight.numel() > 0
 
     def stale(self) -> bool:
         weight = self.ref()
-        if weight is None or stamp_of(weight) == (self.version, self.pointer):
+        if weight is None or stamp_of(weight) == self.stamp:
             return False
         if self.released:  # a write that failed counts as a version, too
             self.accept(weight, stamp_of(weight))
             return False
         return True
 
-    def accept(self, weight: torch.Tensor, stamp: tuple[int, int]) -> None:
+    def accept(self, weight: torch.Tensor, stamp: Stamp) -> None:
         """The packs are of the weight as it was when it had this stamp."""
-        self.version, self.pointer = stamp
-        self.digest = digest_of(weight) if self.pointer else None
+        self.stamp, self.storage = stamp, StorageWeakRef(weight.untyped_storage())
+        self.digest = digest_of(weight) if stamp.pointer else None
         self.turn()
 
     def overwritten(self) -> bool:
@@ -113,7 +122,7 @@ class Entry:
         weight = self.ref()
         if weight is None or self.digest is None or self.stale() or bool(digest_of(weight) == self.digest):
             return False
-        self.pointer = 0
+        self.stamp = self.stamp._replace(pointer=0)
         self.turn()
         return True
 

@@ -21,7 +21,7 @@ class Watch:
     In C++ once that is built (native.py), until then in list comprehensions.
     """
 
-    __slots__ = ("entries", "generation", "native", "pointers", "refs", "tracked", "versions")
+    __slots__ = ("entries", "generation", "native", "places", "refs", "tracked", "versions")
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries = tuple(dict.fromkeys(entries))
@@ -31,12 +31,13 @@ class Watch:
 
     def _sync(self) -> None:
         self.generation = STORE.generation
-        tracked = [entry for entry in self.entries if entry.version != UNTRACKED]
+        stamps = [entry.stamp for entry in self.entries]
+        tracked = [entry for entry in self.entries if entry.stamp.version != UNTRACKED]
         self.tracked = [entry.ref for entry in tracked]
-        self.versions = [entry.version for entry in tracked]
-        self.pointers = [entry.pointer for entry in self.entries]
+        self.versions = [entry.stamp.version for entry in tracked]
+        self.places = [(stamp.pointer, stamp.storage) for stamp in stamps]
         kind = native.watch_type()
-        self.native = kind and kind(self.refs, [entry.version for entry in self.entries], self.pointers)
+        self.native = kind and kind(self.refs, *([stamp[i] for stamp in stamps] for i in range(3)))
 
     def stale(self) -> bool:
         """Whether a weight changed since it was packed; never true of a weight that is gone."""
@@ -48,7 +49,8 @@ class Watch:
         try:
             return (
                 [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
-                or [ref().data_ptr() for ref in self.refs] != self.pointers  # type: ignore[union-attr]
+                or [(w.data_ptr(), w.untyped_storage()._cdata) for w in [ref() for ref in self.refs]]  # type: ignore[union-attr]
+                != self.places
             )
         except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
             return self._confirmed()

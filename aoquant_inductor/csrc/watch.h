@@ -1,4 +1,4 @@
-// Watch(refs, versions, pointers)() -> bool: whether any weight differs from the state it is compared with.
+// Watch(refs, versions, pointers, storages)() -> bool: whether any weight differs from the state it is compared with.
 //
 // refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
 // counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
@@ -13,6 +13,7 @@ namespace aoquant {
 struct State {
   int64_t version;
   uintptr_t pointer;
+  uintptr_t storage;  // whoever made the Watch refers to it: no other one has its address
 };
 
 struct Watch {
@@ -38,8 +39,10 @@ bool differs(PyObject* object, const State& state) {
   const int64_t version = impl->is_inference() ? -1 : (int64_t)impl->version_counter().current_version();
   if (version != state.version) return true;
   if (!impl->has_storage()) return true;
+  auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (reinterpret_cast<uintptr_t>(storage) != state.storage) return true;
   // no checks: the memory of a weight that was let go is null, and asking for it the usual way throws
-  const auto* base = static_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get());
+  const auto* base = static_cast<const char*>(storage->_mutable_data_ptr_no_checks().get());
   return reinterpret_cast<uintptr_t>(base ? base + impl->storage_offset() * impl->itemsize() : nullptr) != state.pointer;
 }
 
@@ -59,11 +62,13 @@ PyObject* watch_call(PyObject* self, PyObject* const*, size_t, PyObject*) {
 }
 
 PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
-  PyObject *refs, *versions, *pointers;
-  if (!PyArg_ParseTuple(args, "O!O!O!", &PyTuple_Type, &refs, &PyList_Type, &versions, &PyList_Type, &pointers)) return nullptr;
+  PyObject *refs, *versions, *pointers, *storages;
+  if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyTuple_Type, &refs, &PyList_Type, &versions, &PyList_Type, &pointers, &PyList_Type, &storages)) {
+    return nullptr;
+  }
   const Py_ssize_t n = PyTuple_GET_SIZE(refs);
-  if (PyList_GET_SIZE(versions) != n || PyList_GET_SIZE(pointers) != n) {
-    PyErr_SetString(PyExc_ValueError, "Watch: refs, versions and pointers differ in length");
+  if (PyList_GET_SIZE(versions) != n || PyList_GET_SIZE(pointers) != n || PyList_GET_SIZE(storages) != n) {
+    PyErr_SetString(PyExc_ValueError, "Watch: refs, versions, pointers and storages differ in length");
     return nullptr;
   }
   std::vector<State> states(n);
@@ -74,6 +79,7 @@ PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
     }
     states[i].version = PyLong_AsLongLong(PyList_GET_ITEM(versions, i));
     states[i].pointer = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(pointers, i));
+    states[i].storage = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(storages, i));
   }
   if (PyErr_Occurred()) return nullptr;
   auto* watch = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));

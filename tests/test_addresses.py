@@ -1,0 +1,46 @@
+"""New memory at an old address, as an allocator hands it out: neither the version nor the data pointer of a weight tells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from util import FP32, compiled, sqnr_db, tokens
+
+from aoquant_inductor import native, watch
+
+
+@pytest.mark.parametrize("how", ["native", "python"])
+@pytest.mark.parametrize("kind", ["constant", "looked up"])
+def test_data_at_the_address_of_what_was_there_before(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "python":
+        monkeypatch.setattr(native, "watch_type", lambda: None)
+        monkeypatch.setattr(native, "lookup_type", lambda: None)
+    elif watch.settle() != "native":
+        pytest.skip(watch.settle())
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.linear(x)
+            return y
+
+    x, place = tokens(3, 32, FP32), np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    for _ in range(3 if kind == "looked up" else 1):
+        model = Layer().eval()
+        function = compiled(model)
+        model.linear.weight.data = torch.from_numpy(place)
+        with torch.no_grad():
+            function(x)
+    version, pointer = model.linear.weight._version, model.linear.weight.data_ptr()
+    for seed in range(3):
+        model.linear.weight.data = torch.empty(0)
+        place[:] = np.random.default_rng(seed + 1).normal(size=(32, 32))
+        model.linear.weight.data = torch.from_numpy(place)
+        assert (model.linear.weight._version, model.linear.weight.data_ptr()) == (version, pointer)
+        with torch.no_grad():
+            assert sqnr_db(function(x), model(x)) > 30, seed
