@@ -59,6 +59,13 @@ def is_config_key(key: str) -> bool:
     return key.replace("-", "_") in config_keys()
 
 
+def config_type(key: str) -> type | None:
+    """What a value of this key has to be; None where no class says it."""
+    (config,) = private("torch._inductor", "config")
+    kind = config.get_type(key.replace("-", "_"))
+    return kind if type(kind) is type else None
+
+
 # ---- the graph we compile ------------------------------------------------------------------------------------------------
 
 

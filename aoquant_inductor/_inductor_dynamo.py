@@ -119,21 +119,54 @@ def module_name(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def hides_weights() -> bool:
+    """Whether Dynamo gives a backend parameters as attributes of the graph, without their modules: by Inductor's freezing."""
+    (is_parameter_freezing,) = private("torch._dynamo.utils", "is_parameter_freezing")
+    return bool(is_parameter_freezing())
+
+
+def differentiates(gm: fx.GraphModule) -> bool:
+    """Whether the graph takes gradients itself: torch.func's, tangents among them, and where it enables grad on its own."""
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", node.target)
+        if name == "_set_grad_enabled" and node.args[:1] == (True,) and not torch.is_grad_enabled():
+            return True
+        if name in ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad", "requires_grad_"):
+            return True
+    return False
+
+
 def stream(node: fx.Node) -> object:
     """The stream that the function itself puts a node on (`with torch.cuda.stream(s)`), as Dynamo notes from torch 2.13 on."""
     return node.meta.get("custom", {}).get("stream")
 
 
-def written(gm: fx.GraphModule) -> Callable[[fx.Node], bool]:
+def written(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[[fx.Node], bool]:
     """Whether the graph writes to what a node is, or to a part of it. Dynamo has run it on fake tensors, whose versions count
     that, but not what is written through .data, as one of a list or in inference mode: that is found by the ops.
     """
     values = ((node, node.meta.get("example_value")) for node in gm.graph.nodes)
     fakes = {node: value for node, value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided}
-    storage = lambda node: fakes[node].untyped_storage()._cdata  # noqa: E731
-    by_op = {storage(one) for node in gm.graph.nodes for one in _writes_to(node) if one in fakes}
-    counted = {node for node, value in fakes.items() if not value.is_inference() and value._version > 0}
-    return lambda node: node in counted or (node in fakes and storage(node) in by_op)
+    storages = {node: _storage(value) for node, value in fakes.items()}
+    by_op = {storages.get(one) for node in gm.graph.nodes for one in _writes_to(node)} - {None}
+    real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    many = {node: value._version for node, value in fakes.items() if not value.is_inference() and value._version > 0}
+    counted = {node for node, version in many.items() if version > _at_first(real.get(node))}
+    return lambda node: node in counted or storages.get(node) in by_op
+
+
+def _at_first(value: object) -> int:
+    """The version of an input's fake tensor before anything ran: a weight that begins within its storage has one already."""
+    (mode,) = private("torch._subclasses.fake_tensor", "FakeTensorMode")
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+    return int(mode().from_tensor(value)._version) if plain else 0
+
+
+def _storage(value: torch.Tensor) -> int | None:
+    try:
+        return int(value.untyped_storage()._cdata)
+    except NotImplementedError:  # what torch.func wraps has none
+        return None
 
 
 def _writes_to(node: fx.Node) -> list[fx.Node]:

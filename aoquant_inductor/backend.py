@@ -23,7 +23,7 @@ from aoquant_inductor import _inductor, attention, emit, lowering, progress, ran
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
-from aoquant_inductor.errors import AoquantError, NothingQuantized, UnsupportedLayers
+from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
 from aoquant_inductor.journal import Log, log_of
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
@@ -54,6 +54,11 @@ def _pipeline(
     opts = options_module.parse(options, mode)
     if opts.release_weights:
         release.require()
+    if dynamo.hides_weights():
+        raise OptionError(
+            "Inductor's freezing is on for the whole process (TORCHINDUCTOR_FREEZING, torch._inductor.config.freezing), where "
+            'a backend does not see the weights of linears. Turn it off, or say options={"freezing": True} here.'
+        )
     frame = dynamo.frame()
     names = Names(frame.root)
     rewrite.hear(gm, example_inputs, names)
@@ -62,6 +67,10 @@ def _pipeline(
     attention.write_out(gm, rewrite.wanted(gm, example_inputs, names, opts, differentiable is not None))
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
+    if any(site.scheme for site in sites) and dynamo.differentiates(gm):
+        warn_once("gradients are taken within the compiled function: the linears of that graph stay in full precision.")
+        for site in sites:
+            site.skip("grad", "is in a graph that takes gradients itself (torch.func, torch.enable_grad).")
     journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)

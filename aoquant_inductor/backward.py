@@ -35,7 +35,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = torch.ops.aoquant.linear_grad(grad, *ctx.saved_tensors, *ctx.key)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+            rows = tuple(range(grad.dim() - 1))
+            grad_bias = grad.sum(rows) if rows else grad  # of x[K]; a sum over () is one over all
         return None, grad_x, grad_bias, None, None, None, None
 
 

@@ -132,7 +132,10 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = stamp_of(weight)
-        fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
+        try:
+            fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
+        except qparams.NonFinite as error:
+            raise qparams.NonFinite(error.index, tuple(weight.shape)) from None
         with plain_tensors():
             for key, (packed, sqnr) in fresh.items():
                 self.packs[key][0].copy_(packed)

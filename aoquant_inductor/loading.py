@@ -120,5 +120,5 @@ def _pack(weight: torch.Tensor, layer: Layer, scheme: Scheme | None) -> tuple[La
     try:
         entry, packed, sqnr = STORE.pack(weight, scheme, layout, loose=True)
     except qparams.NonFinite as error:
-        return replace(layer, status=SKIPPED, reason="non_finite", detail=f"holds {error}; it stays as it is."), None
+        return replace(layer, status=SKIPPED, reason="non_finite", detail=f"holds {error.found}; it stays as it is."), None
     return replace(layer, sqnr_db=sqnr, bytes_after=packed.nbytes), entry

@@ -36,7 +36,7 @@ class Names:
         self._aliases: dict[int, list[str]] = {}
         self._owners: dict[int, list[nn.Module]] = {}
         for prefix, module in root.named_modules(remove_duplicate=False) if root is not None else ():
-            prefix = prefix.replace("_orig_mod.", "")
+            prefix = ".".join(part for part in prefix.split(".") if part != "_orig_mod")
             if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
                 self.linears.append(prefix)
                 self.computed[prefix] = module

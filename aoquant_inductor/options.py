@@ -115,8 +115,9 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
         raise OptionError(f'options is {show(options)}; give a dict, as {{"schemes": "int8wo"}}.')
     given = dict(options or {})
     inductor = {key: given.pop(key) for key in list(given) if key not in OWN_KEYS}
-    for key in inductor:
+    for key, value in inductor.items():
         _check_inductor_key(key)
+        _check_inductor_value(key, value)
     for key, value in (given | inductor).items():
         _check_json(value, key)
     given["mode"] = _mode(mode, given.get("mode"))
@@ -166,6 +167,14 @@ def _check_inductor_key(key: object) -> None:
     hint = did_you_mean(key, OWN_KEYS) or did_you_mean(key, _inductor.config_keys())
     known = ", ".join(OWN_KEYS)
     raise OptionError(f"unknown option {show(key)}{hint}. Known: {known}, and every Inductor config key.")
+
+
+def _check_inductor_value(key: str, value: object) -> None:
+    from aoquant_inductor import _inductor
+
+    kind = _inductor.config_type(key)
+    if kind is not None and not isinstance(value, kind):
+        raise OptionError(f'"{key}" is {show(value)}; Inductor takes {kind.__name__} there.')
 
 
 def _check_json(value: object, path: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aoquant_inductor.errors import AoquantError
 from aoquant_inductor.scheme import QuantSpec
 
 # The smallest normal float: a subnormal scale would be flushed to zero by some kernels. A group without any range has scale 0,
@@ -24,12 +25,21 @@ _CHUNKS = {"cpu": 1 << 18}
 _CHUNK = 1 << 24
 
 
-class NonFinite(ValueError):
-    """A weight holds NaN or Inf; `index` is the first such element, (n, k)."""
+class NonFinite(AoquantError, ValueError):
+    """A weight holds NaN or Inf; `index` is the first such element, (n, k); `shape` of one that was packed before it did."""
 
-    def __init__(self, index: tuple[int, int]) -> None:
-        super().__init__(f"a non-finite value (first at [{index[0]}, {index[1]}])")
-        self.index = index
+    def __init__(self, index: tuple[int, int], shape: tuple[int, ...] | None = None) -> None:
+        super().__init__(index, shape)
+        self.index, self.shape = index, shape
+
+    @property
+    def found(self) -> str:
+        return f"a non-finite value (first at [{self.index[0]}, {self.index[1]}])"
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return self.found
+        return f"a weight of shape {self.shape} was changed and holds {self.found}: it runs again once all of it is finite."
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
                 layer, scheme = decide(value, known, aliases, options)
             out_dtype = node.meta["example_value"].dtype
             sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
-    written = dynamo.written(gm)
+    written = dynamo.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)
         if dynamo.stream(site.node) is not None:
@@ -234,7 +234,7 @@ def pack(site: Site) -> None:
     try:
         site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, site.layout)
     except qparams.NonFinite as error:
-        site.skip("non_finite", f"holds {error}; it stays in {kept}.")
+        site.skip("non_finite", f"holds {error.found}; it stays in {kept}.")
     except torch.OutOfMemoryError:
         site.skip("out_of_memory", f"could not be packed in the memory that is free; it stays in {kept}.")
     else:

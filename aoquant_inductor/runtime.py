@@ -17,12 +17,13 @@ from aoquant_inductor import _inductor, native, release
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
 from aoquant_inductor.entry import Entry
+from aoquant_inductor.errors import UnsupportedLayers
 from aoquant_inductor.journal import Log, log_of
 from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.qparams import NonFinite
-from aoquant_inductor.report import KEPT, RELEASED, Layer, Report
+from aoquant_inductor.report import KEPT, RELEASED, SKIPPED, Layer, Report
 from aoquant_inductor.rewrite import Site
 from aoquant_inductor.scheme import Scheme
 from aoquant_inductor.watch import Watch
@@ -205,13 +206,30 @@ class LookedUp:
         try:
             group = _Group(weights, self.like, self.opts)
         except NonFinite as error:
-            warn_once(f"a weight of shape {tuple(weights[0].shape)} holds {error}; its whole block stays in full precision.")
+            what = f"a weight of a block whose first one has shape {tuple(weights[0].shape)}"
+            if self.opts.on_unsupported == "error":
+                raise UnsupportedLayers({what: f"holds {error.found}."}) from None
+            warn_once(f"{what} holds {error.found}; the whole block stays in full precision.")
+            self._left(weights, f"is in a block of which a weight holds {error.found}; all of it stays as it is.")
             with torch.set_grad_enabled(self.differentiable):
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone
             weakref.finalize(weight, _drop, self.groups, None if fast is None else weakref.ref(fast), key).atexit = False
         return group
+
+
+    def _left(self, weights: Sequence[torch.Tensor], why: str) -> None:
+        """Into the report of the compiled object that called with them: none is packed."""
+        context, root = dynamo.calling()
+        if context is None:
+            return
+        names, layers = Names(root), []
+        for weight, layer in zip(weights, (linear.layer for unit in self.like for linear in unit), strict=True):
+            name, size = names.known(weight) or layer.name, layer.bytes_before
+            what = (name, names.aliases(weight), layer.shape, layer.scheme, layer.matched_by)
+            layers.append(Layer(*what, SKIPPED, "non_finite", why, size, size))
+        log_of(context, dynamo.backend_of(context), root).graphs.append(Report(tuple(layers)))
 
 
 def _drop(groups: dict[tuple[int, ...], Any], fast: Callable[[], Any] | None, key: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""New memory at an old address, as an allocator hands it out: neither the version nor the data pointer of a weight tells."""
+"""What a weight may become between two calls that is hard to see, or no weight to pack."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from util import FP32, compiled, sqnr_db, tokens
 
-from aoquant_inductor import native, watch
+from aoquant_inductor import AoquantError, native, watch
 
 
 @pytest.mark.parametrize("how", ["native", "python"])
 @pytest.mark.parametrize("kind", ["constant", "looked up"])
 def test_data_at_the_address_of_what_was_there_before(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an allocator hands it out: neither the version nor the data pointer tells."""
     if how == "python":
         monkeypatch.setattr(native, "watch_type", lambda: None)
         monkeypatch.setattr(native, "lookup_type", lambda: None)
@@ -44,3 +45,16 @@ def test_data_at_the_address_of_what_was_there_before(kind: str, how: str, monke
         assert (model.linear.weight._version, model.linear.weight.data_ptr()) == (version, pointer)
         with torch.no_grad():
             assert sqnr_db(function(x), model(x)) > 30, seed
+
+
+def test_a_weight_that_stops_being_finite_is_an_error_of_ours_until_it_is_again() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32)).eval(), tokens(3, 32, FP32)
+    function = compiled(model)
+    with torch.no_grad():
+        function(x)
+        model[0].weight[2, 3] = float("inf")
+        for _ in range(2):
+            with pytest.raises(AoquantError, match=r"shape \(32, 32\) was changed and holds a non-finite value \(first at \[2, 3\]\)"):
+                function(x)
+        model[0].weight[2, 3] = 0.5
+        assert sqnr_db(function(x), model(x)) > 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from util import BF16, Block, Graph, assert_counts, block, compiled, run, sqnr_db, tokens
 
 import aoquant_inductor
+from aoquant_inductor.errors import UnsupportedLayers
 from aoquant_inductor.weights import STORE
 
 
@@ -191,3 +193,21 @@ def test_dynamic_m_is_two_graphs(graphs: list[Graph]) -> None:
             x = tokens(m)
             assert sqnr_db(function(x), model.reference(x)) > 45, m
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("on_unsupported", ["report", "error"])
+def test_a_later_instance_with_a_weight_that_is_not_finite(on_unsupported: str) -> None:
+    """Its graph is that of the first ones; it is left as a whole, and said so."""
+    blocks, x = [block() for _ in range(4)], tokens()
+    with torch.no_grad():
+        blocks[2].a.weight[0, 0] = math.nan
+        functions = [compiled(b, on_unsupported=on_unsupported) for b in blocks]
+        for i, function in enumerate(functions):
+            fails = pytest.raises(UnsupportedLayers, match="first at") if (i, on_unsupported) == (2, "error") else contextlib.nullcontext()
+            with fails:
+                function(x)
+    reports = [aoquant_inductor.report(function) for function in functions]
+    assert_counts(reports[3], 1)
+    if on_unsupported == "report":
+        assert_counts(reports[2], 0, 1, non_finite=1)
+        assert "a weight holds a non-finite value (first at [0, 0])" in str(reports[2])

@@ -151,3 +151,13 @@ def test_vmap_is_one_call_of_more_rows(caplog: pytest.LogCaptureFixture) -> None
     assert caplog.text.count("torch.ops.aoquant.linear_wo.default(") == 2
     with torch.no_grad():
         assert sqnr_db(y, dequantized_twin(model, "int8wo")(x.movedim(1, 0))) > 100
+
+
+def test_only_what_torch_compile_puts_into_a_name_is_left_out() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.compile(nn.Linear(8, 8))
+            self.my_orig_mod = nn.Sequential(nn.Linear(8, 8))
+
+    assert [layer.name for layer in aoquant_inductor.plan(Inner(), {"schemes": {"one": "int8wo"}}).layers] == ["one", "my_orig_mod.0"]

@@ -92,3 +92,19 @@ def test_only_graphs_that_quantize_activations_reduce_rows_otherwise(scheme: str
     with torch.no_grad():
         compiled(linear, scheme)(torch.randn(3, 64, dtype=torch.bfloat16))
     assert len(entered) == times
+
+
+@pytest.mark.parametrize(("key", "value", "kind"), [("max_autotune", "yes", "bool"), ("cpp.threads", "a", "int"), ("shape-padding", 1, "bool")])
+def test_a_value_that_inductor_would_refuse_is_an_error(key: str, value: object, kind: str) -> None:
+    function = torch.compile(block(), backend="aoquant", options={key: value})
+    with pytest.raises(OptionError, match=f"Inductor takes {kind} there"):
+        function(tokens())
+
+
+def test_freezing_for_the_whole_process_is_an_error_and_as_an_option_is_not() -> None:
+    import torch._inductor.config as config
+
+    function, x = torch.compile(block(), backend="aoquant"), tokens()
+    with torch.no_grad(), config.patch(freezing=True), pytest.raises(OptionError, match="does not see the weights"):
+        function(x)
+    compile_and_run(options={"freezing": True})

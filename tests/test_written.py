@@ -95,3 +95,33 @@ def test_what_is_only_read_is_shared(without: Callable[[], AbstractContextManage
     with without():
         _, _, report = run(model, x, schemes="int8dq")
     assert all(layer.siblings for layer in report.layers)
+
+
+def test_weights_of_one_flat_buffer_are_written_by_nobody() -> None:
+    """Those that begin within their storage: Dynamo's fake tensors of them count a version."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    with torch.no_grad():
+        flat = nn.utils.parameters_to_vector(model.parameters())
+        nn.utils.vector_to_parameters(flat, model.parameters())
+    assert model[2].weight.storage_offset() > 0
+    x = tokens(4, 32, FP32)
+    _, y, report = run(model, x)
+    assert_counts(report, 2)
+    assert sqnr_db(y, model(x)) > 30
+
+
+def test_a_weight_of_a_flat_buffer_that_the_graph_writes_is_left() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.b.weight.mul_(1.5)
+            y: torch.Tensor = self.b(self.a(x))
+            return y
+
+    model = Writes().eval().requires_grad_(False)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    _, _, report = run(model, tokens(4, 32, FP32))
+    assert_counts(report, 0, 2, written=2)  # what is written to is the buffer of both

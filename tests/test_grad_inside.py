@@ -1,0 +1,89 @@
+"""Functions that take gradients themselves: what is compiled is differentiated, whoever calls it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from util import FP32, assert_counts, compiled, tokens
+
+import aoquant_inductor
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x)
+        return y
+
+
+def force(net: Net, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.func.grad(lambda v: net(v).sum())(x)
+    return found
+
+
+def vjp(net: Net, x: torch.Tensor) -> torch.Tensor:
+    y, back = torch.func.vjp(net, x)
+    return torch.as_tensor(back(y)[0])
+
+
+def jvp(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(torch.func.jvp(net, (x,), (x,))[1])
+
+
+def each(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(torch.func.vmap(torch.func.grad(lambda v: net(v).sum()))(x))
+
+
+def enabled(net: Net, x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        v = x.detach().requires_grad_()
+        return torch.autograd.grad(net(v).sum(), v)[0]
+
+
+class Taking(nn.Module):
+    def __init__(self, net: Net, take: Callable[[Net, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.net, self.take = net, take
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.take(self.net, x)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("take", [force, vjp, jvp, each, enabled])
+def test_gradients_taken_inside_are_there(take: Callable[[Net, torch.Tensor], torch.Tensor], trains: bool) -> None:
+    net, x = Net().eval().requires_grad_(trains), tokens(5, 8, FP32)
+    want = take(net, x)
+
+    function = compiled(Taking(net, take).eval())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = function(x)
+    assert want.abs().max() > 0.01 and torch.allclose(got, want, atol=1e-5)
+    assert_counts(aoquant_inductor.report(function), 0, 2, grad=2)
+    assert torch.allclose(take(net, x), want), "what Dynamo left behind"
+
+
+def test_a_transform_that_takes_none_is_quantized() -> None:
+    net, x = Net().eval(), tokens(5, 8, FP32)
+    function = compiled(Taking(net, lambda net, x: torch.as_tensor(torch.func.vmap(lambda v: net(v))(x))).eval())
+    with torch.no_grad():
+        assert torch.allclose(function(x), net(x), atol=0.05)
+    assert_counts(aoquant_inductor.report(function), 2)
+
+
+def test_the_gradient_of_a_bias_of_one_vector() -> None:
+    linear, x = nn.Linear(8, 6).train(), tokens(1, 8, FP32)[0]
+    linear.weight.requires_grad_(False)
+    function = compiled(linear)
+    (2 * function(x)).sum().backward()
+    assert linear.bias.grad is not None and torch.equal(linear.bias.grad, torch.full((6,), 2.0))
+    assert_counts(aoquant_inductor.report(function), 1)
