@@ -15,6 +15,7 @@ from aoquant_inductor.errors import (
     NothingQuantized,
     OptionError,
     ReleasedWeights,
+    ShapeChanged,
     UnknownScheme,
     UnmatchedPattern,
     UnsafeMachineCode,
@@ -27,7 +28,7 @@ from aoquant_inductor.scheme import SCHEMES, QuantSpec, Scheme
 __version__ = "0.1.0"
 __all__ = [
     "SCHEMES", "AoquantError", "CheckpointError", "ConflictingSchemes", "NothingQuantized", "OptionError", "QuantSpec",
-    "ReleasedWeights", "Scheme", "UnknownScheme", "UnmatchedPattern", "UnsafeMachineCode", "UnsupportedLayers",
+    "ReleasedWeights", "Scheme", "ShapeChanged", "UnknownScheme", "UnmatchedPattern", "UnsafeMachineCode", "UnsupportedLayers",
     "UnsupportedTorch", "load", "plan", "refresh", "report", "restore",
 ]
 

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from aoquant_inductor import native, ops, packing, qparams
 from aoquant_inductor._inductor import memory_is_shared, plain_tensors
-from aoquant_inductor.errors import ReleasedWeights
+from aoquant_inductor.errors import ReleasedWeights, ShapeChanged
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import Scheme
 
@@ -127,11 +127,14 @@ class Entry:
         return True
 
     def repack(self) -> None:
-        """New values into the same storage. Raises qparams.NonFinite, and then keeps the old values and the old stamp."""
+        """New values into the same storage. Raises qparams.NonFinite and ShapeChanged, and keeps the old values and stamp."""
         weight = self.ref()
         if weight is None or self.released:
             return
         stamp = stamp_of(weight)
+        for packed, _ in self.packs.values():
+            if packed.shape != tuple(weight.shape):
+                raise ShapeChanged(packed.shape, tuple(weight.shape))
         try:
             fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
         except qparams.NonFinite as error:

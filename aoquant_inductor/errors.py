@@ -72,6 +72,20 @@ class UnsupportedLayers(AoquantError, ValueError):
         return "\n".join(f"{name} {why}" for name, why in self.layers.items()) + ' Set on_unsupported="report" to go on.'
 
 
+class ShapeChanged(AoquantError, RuntimeError):
+    """A packed weight was given data of another shape: `before`, `now`."""
+
+    def __init__(self, before: tuple[int, ...], now: tuple[int, ...]) -> None:
+        super().__init__(before, now)
+        self.before, self.now = before, now
+
+    def __str__(self) -> str:
+        return (
+            f"a weight that was packed as {self.before} has the shape {self.now} now, by `.data =`. "
+            "Give its module a new nn.Parameter: then it is compiled again."
+        )
+
+
 class ConflictingSchemes(AoquantError, ValueError):
     """Two names of one tied weight choose different schemes.
 

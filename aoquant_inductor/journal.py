@@ -17,7 +17,7 @@ from torch import nn
 from aoquant_inductor import native, rewrite
 from aoquant_inductor.names import Names, Other
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import Layer, Report, by_module, merge, uncalled
+from aoquant_inductor.report import OF_THE_WEIGHT, Layer, Report, by_module, merge, uncalled
 
 log = logging.getLogger("aoquant_inductor")
 
@@ -47,6 +47,7 @@ class Log:
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
+        self.options: Options | None = None
         self.others: tuple[Other, ...] = ()  # parameters of the module that no nn.Linear has
         self.hints: list[str] = []  # what the user can do for faster kernels
         self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
@@ -64,7 +65,7 @@ class Log:
     def plan(self, root: nn.Module, names: Names, options: Options) -> None:
         """What there is to be quantized in the module, for what no graph calls."""
         self.planned = tuple(layer for _, layer, _ in rewrite.plan(root, names, options))
-        self.others = tuple(names.others)
+        self.others, self.options = tuple(names.others), options
 
     def hint(self, text: str | None) -> None:
         """Of one linear; the same is said once."""
@@ -83,8 +84,16 @@ class Log:
 
         return note
 
+    def _as_they_are(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        """Without the packs of weights that since became what is not quantized: another dtype, computed, a tensor."""
+        root = None if self.root is None else self.root()
+        if root is None or self.options is None:
+            return layers
+        now = {layer.name: layer for _, layer, _ in rewrite.plan(root, Names(root), self.options)}
+        return tuple(now[one.name] if one.name in now and now[one.name].reason in OF_THE_WEIGHT else one for one in layers)
+
     def report(self) -> Report:
-        layers = merge(self.graphs)
+        layers = self._as_they_are(merge(self.graphs))
         called = {name for layer in layers for name in (layer.name, *layer.aliases)}
         layers += tuple(uncalled(layer) for layer in self.planned if layer.name not in called)
         # F.linear may read a module's own parameter: then it is a layer

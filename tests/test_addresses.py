@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from util import FP32, compiled, sqnr_db, tokens
+from util import FP32, assert_counts, compiled, sqnr_db, tokens
 
-from aoquant_inductor import AoquantError, native, watch
+import aoquant_inductor
+from aoquant_inductor import AoquantError, ShapeChanged, native, watch
 
 
 @pytest.mark.parametrize("how", ["native", "python"])
@@ -58,3 +59,32 @@ def test_a_weight_that_stops_being_finite_is_an_error_of_ours_until_it_is_again(
                 function(x)
         model[0].weight[2, 3] = 0.5
         assert sqnr_db(function(x), model(x)) > 30
+
+
+def test_data_of_another_shape_is_an_error_and_a_new_parameter_is_not() -> None:
+    model = nn.Sequential(nn.Linear(32, 32)).eval()
+    function = compiled(model)
+    with torch.no_grad():
+        function(tokens(3, 32, FP32))
+        for n, k in ((16, 32), (32, 16)):
+            model[0].weight.data, model[0].bias.data = torch.randn(n, k), torch.randn(n)
+            x = tokens(3, k, FP32)
+            for _ in range(2):
+                with pytest.raises(ShapeChanged, match=rf"\(32, 32\) has the shape \({n}, {k}\)"):
+                    function(x)
+        model[0].weight = nn.Parameter(torch.randn(32, 16))
+        assert sqnr_db(function(x), model(x)) > 30
+
+
+def test_the_report_says_what_became_of_a_weight() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32)).eval(), tokens(3, 32, FP32)
+    function = compiled(model)
+    with torch.no_grad():
+        function(x)
+        assert_counts(aoquant_inductor.report(function), 1)
+        model.double()
+        assert torch.equal(function(x.double()), model(x.double()))
+        assert_counts(aoquant_inductor.report(function), 0, 1, dtype=1)
+        model.float()
+        function(x)
+    assert_counts(aoquant_inductor.report(function), 1)

@@ -13,6 +13,7 @@ from aoquant_inductor.errors import (
     ConflictingSchemes,
     NothingQuantized,
     OptionError,
+    ShapeChanged,
     UnknownScheme,
     UnmatchedPattern,
     UnsafeMachineCode,
@@ -112,6 +113,11 @@ OTHER_PTXAS = (
             UnsafeMachineCode("triton_tem_0", []),
             "the machine code of triton_tem_0 cannot be read, so that nobody knows whether ptxas made it right. " + OTHER_PTXAS,
         ),
+        (
+            ShapeChanged((64, 64), (32, 64)),
+            "a weight that was packed as (64, 64) has the shape (32, 64) now, by `.data =`. "
+            "Give its module a new nn.Parameter: then it is compiled again.",
+        ),
         (OptionError("as given"), "as given"),
         (UnsupportedTorch("as given"), "as given"),
     ],
@@ -130,6 +136,7 @@ def test_text_survives_pickling(error: AoquantError, text: str) -> None:
         (NothingQuantized, ValueError),
         (ConflictingSchemes, ValueError),
         (UnsafeMachineCode, RuntimeError),
+        (ShapeChanged, RuntimeError),
         (UnsupportedTorch, ImportError),
     ],
 )
