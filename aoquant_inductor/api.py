@@ -61,8 +61,7 @@ def restore(model: nn.Module) -> int:
     """
     from aoquant_inductor import release
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"restore() wants a module, not {type(model).__name__}.")
+    _check_module("restore", model)
     exact, dequantized = release.restore(model)
     if dequantized:
         warnings.warn(
@@ -87,10 +86,11 @@ def load(
 
     Raises CheckpointError, before anything is moved, for a file that is no whole safetensors file, a tensor that is missing
     or has another shape, or a buffer that no file holds; and what parse and plan raise for options. Nothing of a file is ever
-    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums.
+    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums. TypeError for anything but a module.
     """
     from aoquant_inductor import loading
 
+    _check_module("load", model)
     return loading.load(model, [files] if isinstance(files, str | os.PathLike) else list(files), torch.device(device), options)
 
 
@@ -98,7 +98,8 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     """What `torch.compile(model, backend="aoquant", options=options)` would do with every nn.Linear; no data is read.
 
     Works on the meta device. bytes_after is the packed size in the portable layout; sqnr_db and kernel are unknown.
-    Raises what the compile would raise: OptionError, UnmatchedPattern, NothingQuantized, ConflictingSchemes.
+    Raises what the compile would raise: OptionError, UnmatchedPattern, NothingQuantized, ConflictingSchemes; TypeError for
+    anything but a module.
     """
     from aoquant_inductor import packing, rewrite
     from aoquant_inductor.errors import NothingQuantized
@@ -106,6 +107,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     from aoquant_inductor.options import parse
     from aoquant_inductor.report import by_module
 
+    _check_module("plan", model)
     opts = parse(options, mode)
     names = Names(model)
     opts.check(names.linears, names.matrices)
@@ -119,3 +121,8 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
         matched = [layer for layer in layers if layer.scheme is not None]
         raise NothingQuantized(len(layers), len(matched), found.totals["reasons"] if matched else {})
     return found
+
+
+def _check_module(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}() wants a module, not {type(model).__name__}.")

@@ -132,7 +132,8 @@ def _note(graph: Report, sites: Sequence[Site], frame: dynamo.Frame, journal: Lo
     """Into the report and the log."""
     journal.add(graph, [site.entry for site in sites if site.entry is not None])
     if (folder := _inductor.debug_folder()) is not None:
-        (folder / f"graph{journal.compilations}.json").write_text(journal.report().to_json())
+        number = 1 + len(list(folder.glob("graph*.json")))  # of all compiled objects
+        (folder / f"graph{number}.json").write_text(journal.report().to_json())
     if sites and dynamo.graphs_left(frame.code) <= 0:
         warn_once(
             f"{frame.code.co_name} in {frame.code.co_filename} has all the graphs of torch._dynamo.config.recompile_limit: "

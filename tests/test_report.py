@@ -136,6 +136,8 @@ def test_the_report_lies_in_the_debug_folder(tmp_path: Path, monkeypatch: pytest
     data = json.loads(file.read_text())
     assert (data["totals"]["quantized"], file.name) == (2, "graph1.json")
     assert [one["name"] for one in data["layers"]] == [layer.name for layer in report.layers]
+    run(Two().eval(), tokens(), schemes="int8dq")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["graph1.json", "graph2.json"], "of another compiled object"
 
 
 def test_the_debug_folder_is_torchs() -> None:
@@ -169,3 +171,11 @@ def test_a_second_equal_compile_has_the_graphs_of_the_first(instances: int, grap
     other = compiled(model, "int8dq")
     for function in (other, compiled(Two().eval())):  # other options, another model: nothing ran by them
         assert_counts(aoquant_inductor.report(function), 0, 2, not_called=2)
+
+
+@pytest.mark.parametrize("name", ["plan", "restore", "load"])
+def test_what_wants_a_module_says_so(name: str) -> None:
+    more = {"device": "cpu"} if name == "load" else {}
+    for wrong in (None, 3, torch.relu):
+        with pytest.raises(TypeError, match=rf"{name}\(\) wants a module, not {type(wrong).__name__}"):
+            getattr(aoquant_inductor, name)(wrong, **more)
