@@ -86,7 +86,7 @@ def load(
 
     Raises CheckpointError, before anything is moved, for a file that is no whole safetensors file, a tensor that is missing
     or has another shape, or a buffer that no file holds; and what parse and plan raise for options. Nothing of a file is ever
-    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums. TypeError for anything but a module.
+    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums. TypeError for what is no module.
     """
     from aoquant_inductor import loading
 
