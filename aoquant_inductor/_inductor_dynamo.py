@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -119,17 +119,27 @@ def module_name(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def compile_lock() -> Any:
+    """Held by Dynamo while it compiles, since what it patches is the process's: by whoever compiles during a call, too."""
+    (lock,) = private("torch._dynamo.convert_frame", "compile_lock")
+    return lock
+
+
 def hides_weights() -> bool:
     """Whether Dynamo gives a backend parameters as attributes of the graph, without their modules: by Inductor's freezing."""
     (is_parameter_freezing,) = private("torch._dynamo.utils", "is_parameter_freezing")
     return bool(is_parameter_freezing())
 
 
-def differentiates(gm: fx.GraphModule) -> bool:
-    """Whether the graph takes gradients itself: torch.func's, tangents among them, and where it enables grad on its own."""
+def differentiates(gm: fx.GraphModule, trains: bool) -> bool:
+    """Whether the graph takes gradients itself: torch.func's, tangents among them, and where it enables grad on its own; or, of
+    one that `trains`, has what our backward does not know: torch.vmap, inference mode.
+    """
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", node.target)
         if name == "_set_grad_enabled" and node.args[:1] == (True,) and not torch.is_grad_enabled():
+            return True
+        if trains and name in ("_vmap_increment_nesting", "_enter_inference_mode"):
             return True
         if name in ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad", "requires_grad_"):
             return True
@@ -149,17 +159,24 @@ def written(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[[fx.Node],
     fakes = {node: value for node, value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided}
     storages = {node: _storage(value) for node, value in fakes.items()}
     by_op = {storages.get(one) for node in gm.graph.nodes for one in _writes_to(node)} - {None}
-    real = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     many = {node: value._version for node, value in fakes.items() if not value.is_inference() and value._version > 0}
-    counted = {node for node, version in many.items() if version > _at_first(real.get(node))}
-    return lambda node: node in counted or storages.get(node) in by_op
+    first = _at_first(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True), storages) if many else {}
+    counted = {node for node, version in many.items() if version > first.get(storages[node], 0)}
+    through = by_op | {storages[node] for node in counted} - {None}
+    return lambda node: node in counted or storages.get(node) in through
 
 
-def _at_first(value: object) -> int:
-    """The version of an input's fake tensor before anything ran: a weight that begins within its storage has one already."""
+def _at_first(inputs: Iterable[tuple[fx.Node, object]], storages: Mapping[fx.Node, int | None]) -> dict[int | None, int]:
+    """By storage, the version of inputs' fake tensors before anything ran: one that begins within its storage, or shares it
+    with another, has one already.
+    """
     (mode,) = private("torch._subclasses.fake_tensor", "FakeTensorMode")
-    plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-    return int(mode().from_tensor(value)._version) if plain else 0
+    fresh = mode()
+    found: dict[int | None, int] = {}
+    plain = [(node, fresh.from_tensor(value)) for node, value in inputs if type(value) in (torch.Tensor, nn.Parameter)]
+    for node, fake in plain:
+        found[storages.get(node)] = max(int(fake._version), found.get(storages.get(node), 0))
+    return found
 
 
 def _storage(value: torch.Tensor) -> int | None:

@@ -50,7 +50,7 @@ def refresh(compiled: object) -> int:
     if origin is None:
         raise TypeError(f"refresh() wants what torch.compile returned, not {type(compiled).__name__}.")
     found = find_log(*origin)
-    return 0 if found is None else STORE.update(list(dict.fromkeys(found.entries)), everything=True)
+    return 0 if found is None else STORE.update([entry for entry in found.entries if entry.ref() is not None], everything=True)
 
 
 def restore(model: nn.Module) -> int:

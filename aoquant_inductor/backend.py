@@ -67,7 +67,7 @@ def _pipeline(
     attention.write_out(gm, rewrite.wanted(gm, example_inputs, names, opts, differentiable is not None))
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
-    if any(site.scheme for site in sites) and dynamo.differentiates(gm):
+    if any(site.scheme for site in sites) and dynamo.differentiates(gm, differentiable is not None):
         warn_once("gradients are taken within the compiled function: the linears of that graph stay in full precision.")
         for site in sites:
             site.skip("grad", "is in a graph that takes gradients itself (torch.func, torch.enable_grad).")

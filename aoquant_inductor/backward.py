@@ -26,7 +26,8 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(w, scale, zero)
         ctx.key = key
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # nobody else has it, and a view of it could not be written to in place
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -68,7 +68,7 @@ def _write(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool, many
     packs: list[torch.Tensor] = []
     nodes: dict[int, PackNodes] = {}
     units: dict[int, list[Site]] = {}
-    results: dict[int, tuple[fx.Node, int]] = {}  # of a launch for several sites, and the columns that are taken
+    results: dict[tuple[int, fx.Node], tuple[fx.Node, int]] = {}  # (launch for several sites, its x): and the columns taken
     shared: Shared = {}
     detached: dict[fx.Node, fx.Node] = {}
 
@@ -93,9 +93,10 @@ def _write(gm: fx.GraphModule, sites: Sequence[Site], differentiable: bool, many
                 return pattern(graph, x, pack, bias, *rest)
             inner = [backward.detach(graph, t, detached) for t in (x, bias)]
             return backward.attach(graph, pattern(graph, inner[0], pack, inner[1], *rest), (x, bias), pack)
-        y, start = results.get(id(pack.packed)) or (pattern(graph, x, pack, None, *rest), 0)
+        shares = (id(pack.packed), site.x)  # a layer that is called twice launches twice
+        y, start = results.get(shares) or (pattern(graph, x, pack, None, *rest), 0)
         n = site.packed.shape[0]
-        results[id(pack.packed)] = y, start + n
+        results[shares] = y, start + n
         part = graph.call_function(torch.narrow, (y, -1, start, n))
         # contiguous, as the linear's result was where Dynamo traced what follows; Inductor inlines the copy into what reads it
         return graph.call_method("contiguous", (part,)) if bias is None else graph.call_function(torch.add, (part, bias))

@@ -43,7 +43,7 @@ class Log:
     def __init__(self, backend: object | None, root: nn.Module | None) -> None:
         self.backend, self.root = backend, None if root is None else weakref.ref(root)
         self.graphs: list[Report] = []
-        self.entries: list[Any] = []  # entry.Entry of every pack its graphs hold, for refresh()
+        self.entries: weakref.WeakSet[Any] = weakref.WeakSet()  # entry.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
@@ -59,7 +59,7 @@ class Log:
         self.graphs.append(graph)
         self.compilations += 1
         self.compiled.add(tuple(layer.name for layer in graph.layers))
-        self.entries += entries
+        self.entries.update(entries)
         log.info(graph.summary())
 
     def plan(self, root: nn.Module, names: Names, options: Options) -> None:

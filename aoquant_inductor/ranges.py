@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from aoquant_inductor import _inductor, lowering
+from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor.emit import Rewritten
@@ -104,7 +105,7 @@ class _Graphs:
         return function(*args)
 
     def _add(self, index: int, args: Sequence[Any]) -> Compiled:
-        with self.lock:
+        with dynamo.compile_lock(), self.lock:
             found = self.compiled[index]
             if found is None:
                 found = self._compile(index, args)

@@ -52,7 +52,9 @@ def _original(entry: Entry, how: Release, names: Names, read_elsewhere: bool) ->
         return f"{KEPT}: it is no parameter of the compiled module"
     if (alias := names.elsewhere(weight)) is not None:
         return f"{KEPT}: it is {alias}, too"
-    if not entry.let_go(how):
+    with STORE.lock:  # nobody looks at a weight while it goes
+        gone = entry.let_go(how)
+    if not gone:
         return f"{KEPT}: another tensor shares its memory"
     for module in owners:
         if module not in _hooks:
@@ -67,7 +69,7 @@ def _state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
         return
     if entry.copy is None:
         raise ReleasedWeights(entry.release.name)
-    state_dict[f"{prefix}weight"] = entry.copy
+    state_dict[f"{prefix}weight"] = entry.copy.clone()  # what is done to it is not to come back with `restore`
 
 
 def check(gm: fx.GraphModule, inputs: Sequence[object], packed: Sequence[fx.Node]) -> None:

@@ -99,6 +99,8 @@ def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], optio
     if type(weight) is not nn.Parameter or weight.dtype in (torch.int8, torch.uint8):
         detail = f"is {weight.dtype} in a {type(weight).__name__}."
         return replace(layer, reason="dtensor" if _is_distributed(weight) else "already_quantized", detail=detail), None
+    if weight.dim() != 2:
+        return replace(layer, reason="not_matrix", detail=f"has {weight.dim()} dimensions."), None
     if weight.numel() == 0:
         return replace(layer, reason="empty", detail="has no elements."), None
     if weight.dtype not in FLOATS:
@@ -211,6 +213,8 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
     written = dynamo.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)
+        if site.bias is not None and tuple(site.bias.meta["example_value"].shape) != tuple(site.value.shape[:1]):
+            site.skip("bias", "has a bias that is broadcast, not one number for each of its outputs.")
         if dynamo.stream(site.node) is not None:
             site.skip("stream", "is on a stream of its own in the graph, where what kernels share is not safe.")
         if written(site.weight):

@@ -138,7 +138,7 @@ class _Group:
         if context is not None:
             self.journal = log_of(context, dynamo.backend_of(context), root)
             self.journal.graphs.append(Report(tuple(layers)))
-            self.journal.entries += self.entries
+            self.journal.entries.update(self.entries)
 
     def _join(self, linears: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> None:
         """Packs side by side what lay so in the block that the graph was compiled for."""
@@ -211,7 +211,7 @@ class LookedUp:
                 raise UnsupportedLayers({what: f"holds {error.found}."}) from None
             warn_once(f"{what} holds {error.found}; the whole block stays in full precision.")
             self._left(weights, f"is in a block of which a weight holds {error.found}; all of it stays as it is.")
-            with torch.set_grad_enabled(self.differentiable):
+            with dynamo.compile_lock(), torch.set_grad_enabled(self.differentiable):
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone

@@ -26,7 +26,7 @@ class Store:
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.packed = 0  # how often a weight was packed from scratch
         self.generation = 0  # how often any stamp changed, or the check got faster
 
@@ -46,7 +46,7 @@ class Store:
         return found if found is not None and found.ref() is weight else None
 
     def entry(self, weight: torch.Tensor) -> Entry:
-        with self._lock:
+        with self.lock:
             found = self._entries[id(weight)] = self.find(weight) or Entry(weight, self)
             return found
 
@@ -59,7 +59,7 @@ class Store:
         Raises qparams.NonFinite and torch.OutOfMemoryError, and keeps nothing of the attempt; ReleasedWeights where the
         original is gone and another pack than its own is wanted.
         """
-        with self._lock:
+        with self.lock:
             entry = self.entry(weight)
             if entry.packs and entry.stale():
                 entry.repack()
@@ -83,7 +83,7 @@ class Store:
         """One Packed over weights that one launch is to serve, their own packs views of it; None where the layout keeps them
         apart, or where graphs read them apart: then `always` makes second packs. Raises as `pack`.
         """
-        with self._lock:
+        with self.lock:
             entries = [self.entry(weight) for weight in weights]
             for key in ((scheme, layout, ""), (scheme, layout, TOGETHER)):
                 if (found := _whole(entries, key)) is not None:
@@ -97,7 +97,7 @@ class Store:
 
     def parts(self, weights: Sequence[torch.Tensor], scheme: Scheme, layout: str) -> list[Packed]:
         """What one Packed over these weights, made if there is none, has for each of them."""
-        with self._lock:
+        with self.lock:
             whole = self.pack_together(weights, scheme, layout, always=True)
             entries = [self.entry(weight) for weight in weights]
             key = next(key for key in entries[0].wholes if _whole(entries, key) is whole)
@@ -123,7 +123,7 @@ class Store:
 
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
         """Repack what is stale (or all of it) in place; the number of weights repacked."""
-        with self._lock:
+        with self.lock:
             todo = [e for e in entries if (everything and not e.released) or e.stale()]
             for entry in todo:
                 entry.repack()
@@ -131,7 +131,7 @@ class Store:
 
     def overwritten(self, weights: Sequence[torch.Tensor]) -> int:
         """How many packed weights were written to in a way that PyTorch does not count: stale now. Reads all of each."""
-        with self._lock:
+        with self.lock:
             return sum(entry.overwritten() for entry in {self.find(weight) for weight in weights} if entry is not None)
 
     def __len__(self) -> int:

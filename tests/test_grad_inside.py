@@ -87,3 +87,52 @@ def test_the_gradient_of_a_bias_of_one_vector() -> None:
     (2 * function(x)).sum().backward()
     assert linear.bias.grad is not None and torch.equal(linear.bias.grad, torch.full((6,), 2.0))
     assert_counts(aoquant_inductor.report(function), 1)
+
+
+class Adapter(nn.Module):
+    """A trainable linear before a frozen one, and something done with the results."""
+
+    def __init__(self, then: Callable[[Adapter, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.frozen = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+        self.then = then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.then(self, self.first(x))
+
+
+def relu(m: Adapter, h: torch.Tensor) -> torch.Tensor:
+    return nn.functional.relu(m.frozen(h), inplace=True)
+
+
+def residual(m: Adapter, h: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = m.frozen(h)
+    y += h
+    return y
+
+
+def of_each(m: Adapter, h: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(torch.vmap(lambda v: m.frozen(v))(h))
+
+
+def inference(m: Adapter, h: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        factor = m.frozen(h).mean()
+    return h * factor.clone()
+
+
+@pytest.mark.parametrize(("then", "quantized"), [(relu, 1), (residual, 1), (of_each, 0), (inference, 0)])
+def test_what_is_done_with_a_frozen_result_while_others_train(
+    then: Callable[[Adapter, torch.Tensor], torch.Tensor], quantized: int
+) -> None:
+    model, x = Adapter(then).train(), tokens(5, 8, FP32)
+    function = compiled(model, {"frozen": "int8wo"})
+    got, want = [], []
+    for into, call in ((got, function), (want, model)):
+        model.zero_grad()
+        call(x).square().sum().backward()
+        assert model.first.weight.grad is not None
+        into.append(model.first.weight.grad.clone())
+    assert (got[0] - want[0]).norm() < 0.05 * want[0].norm()
+    assert aoquant_inductor.report(function).totals["quantized"] == quantized

@@ -19,6 +19,7 @@ from util import BF16, INT8, Graph, assert_counts, block, compiled, run, sqnr_db
 
 import aoquant_inductor
 from aoquant_inductor import watch
+from aoquant_inductor.entry import Entry
 from aoquant_inductor.weights import STORE
 
 
@@ -180,3 +181,16 @@ def test_two_schemes_of_one_module(schemes: tuple[str, str]) -> None:
         with torch.no_grad():
             assert torch.equal(function(x), y)
     assert INT8.name in schemes
+
+
+def test_packs_of_weights_that_were_replaced_go_with_them() -> None:
+    """The report remembers what was compiled, not what it packed."""
+    model, x = block(), tokens()
+    function = compiled(model)
+    for _ in range(6):
+        model.a.weight = nn.Parameter(torch.randn(32, 32).to(model.a.weight))
+        with torch.no_grad():
+            assert sqnr_db(function(x), model.reference(x)) > 45
+    gc.collect()
+    assert sum(isinstance(one, Entry) and one.ref() is None for one in gc.get_objects()) <= 1, "a constant graph has its first"
+    assert aoquant_inductor.refresh(function) == 1

@@ -168,3 +168,36 @@ def test_a_linear_on_a_stream_of_its_own_is_left(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rewrite, "find", noted)
     _, _, report = run(Two().eval(), tokens())
     assert_counts(report, 1, 2, stream=1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6, 64), (6, 1)])
+def test_a_bias_that_is_broadcast_is_no_bias_of_a_linear(shape: tuple[int, ...]) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.b(x), self.a.weight, bias)
+
+    model, x, bias = Functional().eval(), torch.randn(6, 64), torch.randn(shape)
+    _, y, report = run(model, x, bias)
+    assert_counts(report, 1, 2, bias=1)
+    with torch.no_grad():
+        assert sqnr_db(y, model(x, bias)) > 30
+
+
+def test_a_weight_of_one_dimension_is_left() -> None:
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.v = nn.Linear(32, 64), nn.Parameter(torch.randn(64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.a(x), self.v)
+
+    model, x = Vector().eval(), torch.randn(4, 32)
+    _, y, report = run(model, x)
+    assert_counts(report, 1, 2, not_matrix=1)
+    with torch.no_grad():
+        assert sqnr_db(y, model(x)) > 30

@@ -242,3 +242,22 @@ def test_a_graph_that_trains_over_common_packs_serves_a_block_that_was_packed_fo
         model.k.weight.neg_()
         got = tuple(y.detach() for y in function(x.clone().requires_grad_()))
         assert model.misses(x, got, "int4wo-32") == []
+
+
+@pytest.mark.parametrize("scheme", ["int8wo", "int8dq"])
+def test_siblings_that_are_called_twice_launch_twice(scheme: str) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64, dtype=BF16), nn.Linear(64, 64, dtype=BF16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                x = (self.a(x) * self.b(x)).tanh()
+            return x
+
+    model, x = Shared().eval(), tokens(6, 64)
+    _, y, report = run(model, x, schemes=scheme)
+    assert all(layer.siblings for layer in report.layers)
+    with torch.no_grad():
+        assert sqnr_db(y, model(x)) > 25

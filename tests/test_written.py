@@ -49,6 +49,10 @@ def op(h: torch.Tensor) -> None:
     torch.ops.aten.mul_.Tensor(h, torch.full_like(h, 2.0))
 
 
+def positional(h: torch.Tensor) -> None:
+    nn.functional.relu6(h.data, True)
+
+
 def nothing(h: torch.Tensor) -> None:
     h.add(1.0)
 
@@ -69,7 +73,7 @@ class Two(nn.Module):
         return y, self.b(h)
 
 
-WRITES = (add, part, augmented, of_a_view, of_data, out, inplace, several, op)
+WRITES = (add, part, augmented, of_a_view, of_data, out, inplace, several, op, positional)
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
@@ -125,3 +129,15 @@ def test_a_weight_of_a_flat_buffer_that_the_graph_writes_is_left() -> None:
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), model.parameters())
     _, _, report = run(model, tokens(4, 32, FP32))
     assert_counts(report, 0, 2, written=2)  # what is written to is the buffer of both
+
+
+def test_two_parameters_of_one_memory_are_written_by_nobody() -> None:
+    """As a tied model is after load_state_dict(assign=True)."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    model[2].weight = model[0].weight
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model[0].weight is not model[2].weight and model[0].weight.data_ptr() == model[2].weight.data_ptr()
+    x = tokens(4, 32, FP32)
+    _, y, report = run(model, x)
+    assert_counts(report, 2)
+    assert sqnr_db(y, model(x)) > 30
