@@ -90,7 +90,8 @@ class Entry:
         self.stamp, self.storage = stamp_of(weight), StorageWeakRef(weight.untyped_storage())
         self.digest: torch.Tensor | None = None  # of the values that were packed; None: not asked for
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
-        self.wholes: dict[PackKey, tuple[Packed, int]] = {}  # what a pack is a part of, and which
+        # what a pack is a part of, which, and of whose weights the others are
+        self.wholes: dict[PackKey, tuple[Packed, int, tuple[weakref.ref[torch.Tensor], ...]]] = {}
         self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
         self.repacks = 0
         self.release: Release | None = None
@@ -116,6 +117,12 @@ class Entry:
         self.stamp, self.storage = stamp, StorageWeakRef(weight.untyped_storage())
         self.digest = digest_of(weight) if stamp.pointer else None
         self.turn()
+
+    def forget_wholes(self) -> None:
+        """Second packs that lie with those of weights that are gone: what read them never runs again."""
+        for key, (_, _, refs) in list(self.wholes.items()):
+            if key[2] and any(ref() is None for ref in refs):
+                del self.wholes[key], self.packs[key]
 
     def overwritten(self) -> bool:
         """Whether the stamp is that of the packs and the values are not; then it is stale from now on. Reads them all."""

@@ -85,7 +85,10 @@ class Store:
         """
         with self.lock:
             entries = [self.entry(weight) for weight in weights]
-            for key in ((scheme, layout, ""), (scheme, layout, TOGETHER)):
+            for entry in entries:
+                entry.forget_wholes()
+            key, number = (scheme, layout, ""), 1
+            while True:
                 if (found := _whole(entries, key)) is not None:
                     self.update(entries)
                     return found
@@ -93,7 +96,7 @@ class Store:
                     return self._pack_together(entries, weights, key)
                 if not always:
                     return None
-            raise ValueError("weights that lie together in one graph lie together with others in another.")
+                key, number = (scheme, layout, f"{TOGETHER} {number}"), number + 1
 
     def parts(self, weights: Sequence[torch.Tensor], scheme: Scheme, layout: str) -> list[Packed]:
         """What one Packed over these weights, made if there is none, has for each of them."""
@@ -104,11 +107,14 @@ class Store:
             return [entry.packs[key][0] for entry in entries]
 
     def _pack_together(self, entries: Sequence[Entry], weights: Sequence[torch.Tensor], key: PackKey) -> Packed | None:
-        if gone := next((e.release for e in entries if key not in e.packs and e.release is not None and e.released), None):
+        own = (*key[:2], "")
+        known = [own if key not in entry.packs and own in entry.packs else key for entry in entries]
+        lost = (e.release for e, k in zip(entries, known, strict=True) if k not in e.packs and e.released)
+        if gone := next(lost, None):
             raise ReleasedWeights(gone.name)
         self.update([entry for entry in entries if entry.packs])
         stamps = [stamp_of(weight) for weight in weights]
-        apart = [e.packs.get(key) or pack_weight(weight, *key[:2]) for e, weight in zip(entries, weights, strict=True)]
+        apart = [e.packs.get(k) or pack_weight(w, *key[:2]) for e, k, w in zip(entries, known, weights, strict=True)]
         with plain_tensors():
             joined = packing.join([packed for packed, _ in apart])
         if joined is None:
@@ -117,7 +123,7 @@ class Store:
         self.packed += sum(key not in entry.packs for entry in entries)
         for i, (entry, part) in enumerate(zip(entries, parts, strict=True)):
             entry.loose.discard(key)
-            entry.packs[key], entry.wholes[key] = (part, apart[i][1]), (whole, i)
+            entry.packs[key], entry.wholes[key] = (part, apart[i][1]), (whole, i, tuple(e.ref for e in entries))
             entry.accept(weights[i], stamps[i])
         return whole
 

@@ -261,3 +261,31 @@ def test_siblings_that_are_called_twice_launch_twice(scheme: str) -> None:
     assert all(layer.siblings for layer in report.layers)
     with torch.no_grad():
         assert sqnr_db(y, model(x)) > 25
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_sibling_of_a_later_block_is_replaced_again_and_again(release: bool) -> None:
+    """The other one lies with what is gone each time; its own pack is made of what it has, where its original went."""
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(32, 64, dtype=BF16), nn.Linear(32, 64, dtype=BF16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.q(x) * self.k(x)
+            return y
+
+    blocks, x = [Pair().eval() for _ in range(3)], tokens()
+    functions = [compiled(one, release_weights=release) for one in blocks]
+    q = blocks[1].q.weight.detach().clone()
+    with torch.no_grad():
+        for function in functions:
+            function(x)
+        for _ in range(4):
+            k, bias = torch.randn(64, 32, dtype=BF16), (blocks[1].q.bias, blocks[1].k.bias)
+            blocks[1].k.weight = nn.Parameter(k.clone())
+            want = nn.functional.linear(x, q, bias[0]) * nn.functional.linear(x, k, bias[1])
+            assert sqnr_db(functions[1](x), want) > 30
+        assert len(STORE.entry(blocks[1].q.weight).packs) <= 2
+        blocks[2].q.weight = blocks[0].q.weight  # one of two blocks at once
+        functions[0](x), functions[2](x)
