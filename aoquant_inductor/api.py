@@ -49,8 +49,11 @@ def refresh(compiled: object) -> int:
     origin = dynamo.origin_of(compiled)
     if origin is None:
         raise TypeError(f"refresh() wants what torch.compile returned, not {type(compiled).__name__}.")
-    found = find_log(*origin)
-    return 0 if found is None else STORE.update([entry for entry in found.entries if entry.ref() is not None], everything=True)
+    found, root = find_log(*origin), origin[-1]
+    entries = [] if found is None else list(found.entries)
+    # and those of its module that graphs of another compiled object of it look up for this one
+    entries += [entry for p in (root.parameters() if root is not None else ()) if (entry := STORE.find(p)) is not None]
+    return STORE.update([entry for entry in dict.fromkeys(entries) if entry.ref() is not None], everything=True)
 
 
 def restore(model: nn.Module) -> int:

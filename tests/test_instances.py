@@ -211,3 +211,15 @@ def test_a_later_instance_with_a_weight_that_is_not_finite(on_unsupported: str) 
     if on_unsupported == "report":
         assert_counts(reports[2], 0, 1, non_finite=1)
         assert "a weight holds a non-finite value (first at [0, 0])" in str(reports[2])
+
+
+def test_refresh_of_a_second_compiled_object_over_one_model() -> None:
+    """Its graphs are the first one's, which looks the weights up for both."""
+    model, x = Stack(Broken, 3).eval(), tokens()
+    first, second = compiled(model), compiled(model)
+    with torch.no_grad():
+        first(x), second(x)
+        for one in model.blocks:
+            one.a.weight.data.mul_(-2)
+        assert aoquant_inductor.refresh(second) == 3
+        assert sqnr_db(second(x), model.reference(x)) > 40
