@@ -210,6 +210,11 @@ def debug_folder() -> Path | None:
     return folder
 
 
+def storage_id(tensor: torch.Tensor) -> int:
+    """What tells its storage from every other one, as long as it is referred to, if only weakly."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def memory_is_shared(tensor: torch.Tensor) -> bool:
     """Whether anything else holds this tensor's memory: an alias, a view, a storage object."""
     (use_count,) = private("torch._C", "_storage_Use_Count")

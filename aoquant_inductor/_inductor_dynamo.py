@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from aoquant_inductor._inductor import private
+from aoquant_inductor._inductor import private, storage_id
 
 AUGMENTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 IN_PLACE = frozenset([operator.setitem, *(getattr(operator, f"i{name}") for name in AUGMENTED)])
@@ -181,7 +181,7 @@ def _at_first(inputs: Iterable[tuple[fx.Node, object]], storages: Mapping[fx.Nod
 
 def _storage(value: torch.Tensor) -> int | None:
     try:
-        return int(value.untyped_storage()._cdata)
+        return storage_id(value)
     except NotImplementedError:  # what torch.func wraps has none
         return None
 

@@ -19,7 +19,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from aoquant_inductor import native, ops, packing, qparams
-from aoquant_inductor._inductor import memory_is_shared, plain_tensors
+from aoquant_inductor._inductor import memory_is_shared, plain_tensors, storage_id
 from aoquant_inductor.errors import ReleasedWeights, ShapeChanged
 from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import Scheme
@@ -42,7 +42,7 @@ def stamp_of(weight: torch.Tensor) -> Stamp:
         pointer = weight.data_ptr()
     except RuntimeError:  # it was let go
         pointer = 0
-    return Stamp(UNTRACKED if weight.is_inference() else weight._version, pointer, weight.untyped_storage()._cdata)
+    return Stamp(UNTRACKED if weight.is_inference() else weight._version, pointer, storage_id(weight))
 
 
 def digest_of(weight: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aoquant_inductor import native
+from aoquant_inductor._inductor import storage_id
 from aoquant_inductor.entry import UNTRACKED, Entry
 from aoquant_inductor.weights import STORE
 
@@ -49,8 +50,7 @@ class Watch:
         try:
             return (
                 [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
-                or [(w.data_ptr(), w.untyped_storage()._cdata) for w in [ref() for ref in self.refs]]  # type: ignore[union-attr]
-                != self.places
+                or [(w.data_ptr(), storage_id(w)) for w in [ref() for ref in self.refs]] != self.places  # type: ignore[union-attr, arg-type]
             )
         except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
             return self._confirmed()
