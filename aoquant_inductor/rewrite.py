@@ -213,7 +213,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
     written = dynamo.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)
-        if site.bias is not None and tuple(site.bias.meta["example_value"].shape) != tuple(site.value.shape[:1]):
+        if site.scheme is not None and site.bias is not None and site.bias.meta["example_value"].shape != site.value.shape[:1]:
             site.skip("bias", "has a bias that is broadcast, not one number for each of its outputs.")
         if dynamo.stream(site.node) is not None:
             site.skip("stream", "is on a stream of its own in the graph, where what kernels share is not safe.")
