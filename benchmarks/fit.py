@@ -61,6 +61,10 @@ class Row:
     before: int = 0
 
     @property
+    def tail(self) -> bool:
+        return self.before > 0
+
+    @property
     def memory(self) -> float:
         """Microseconds that the weight takes to be read."""
         card, scheme, n, k, _ = self.problem
@@ -110,15 +114,15 @@ def fit(measured: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     """{(label, config): [start, step, pair, full]}, and the splits of each label."""
     configs = sorted({(r.label, r.config) for r in measured})
     place = {key: i for i, key in enumerate(configs)}
-    ways = sorted({split_of(r.label, r.area) for r in measured if r.split > 1})
-    of = torch.tensor([ways.index(split_of(r.label, r.area)) if r.split > 1 else 0 for r in measured])
+    ways = sorted({split_of(r.label, r.area, r.tail) for r in measured if r.split > 1})
+    of = torch.tensor([ways.index(split_of(r.label, r.area, r.tail)) if r.split > 1 else 0 for r in measured])
     index = torch.tensor([place[r.label, r.config] for r in measured])
     steps = torch.tensor([float(r.steps) for r in measured])
     waves = torch.tensor([float(r.waves) for r in measured])
     few = (waves <= prices.PAIR) & (waves == waves.floor())
     is_split = torch.tensor([float(r.split > 1) for r in measured])
     left = torch.tensor([(1 - 1 / r.split) * r.steps * prices.hides(r.before, r.area) for r in measured])
-    shared = [prices.shared(r.split, r.tiles, r.area) for r in measured]  # by one program, by others
+    shared = [prices.shared(r.split, r.tiles, r.area, r.tail) for r in measured]  # by one program, by others
     parts = torch.tensor([one * r.area / SPLIT_AREA for (one, _), r in zip(shared, measured, strict=True)]) * is_split
     others = torch.tensor([others / SMS for _, others in shared])
     us, memory, written = (torch.tensor([getattr(r, name) for r in measured]) for name in ("us", "memory", "written"))
@@ -176,8 +180,8 @@ def judge(measured: Sequence[Row], costs: dict[tuple[str, str], list[float]]) ->
         us = cost.us(r.waves, r.steps, r.memory, r.written)
         if r.split == 1:
             return us
-        left = cost.left(r.split, r.steps, r.before, r.area)
-        return us + of_split(r.split, r.tiles, r.area, SMS, Cost(*costs[split_of(r.label, r.area)]), left)
+        left, adding = cost.left(r.split, r.steps, r.before, r.area), Cost(*costs[split_of(r.label, r.area, r.tail)])
+        return us + of_split(r.split, r.tiles, r.area, SMS, adding, left, r.tail)
 
     problems = defaultdict(list)
     for r in measured:

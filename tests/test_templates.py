@@ -61,7 +61,7 @@ def default(p: Problem, card: Card = H100) -> tuple[Kernel, Config] | None:
 BY_PTXAS = {
     (12, 8): [
         ("int8wo", 4096, 4096, 1, "1x4x2048 stepped"), ("int8wo", 6144, 4096, 1, "1x4x4096"), ("int8wo", 4096, 14336, 2, "2x8x2048"),
-        ("int8wo", 28672, 4096, 2, "16x64x128 swapped"), ("int8wo", 896, 4864, 3, "4x4x2048"), ("int8wo", 4096, 4096, 3, "16x64x128 swapped split 4"), ("int8wo", 151936, 896, 1, "1x4x1024"), ("int4wo-128", 28672, 4096, 1, "1x16x256"), ("int4wo-128", 151936, 896, 1, "1x16x256"),
+        ("int8wo", 28672, 4096, 2, "16x64x128 swapped tail split 2"), ("int8wo", 896, 4864, 3, "4x4x2048"), ("int8wo", 4096, 4096, 3, "16x64x128 swapped split 4"), ("int8wo", 151936, 896, 1, "1x4x1024"), ("int4wo-128", 28672, 4096, 1, "1x16x256"), ("int4wo-128", 151936, 896, 1, "1x16x256"),
         ("int4wo-128", 4096, 14336, 1, "1x16x2048"), ("int4wo-32", 28672, 4096, 1, "1x16x1024"), ("int4wo-128", 28672, 4096, 4, "4x16x256"),
         ("int4wo-64", 28672, 4096, 1, "1x16x1024"), ("int4wo-64", 4096, 14336, 1, "1x32x2048"), ("int4wo-32", 4096, 14336, 4, "4x16x2048"),
         ("int4wo-32", 4096, 4096, 1, "1x16x4096"), ("int4wo-32", 6144, 4096, 1, "1x16x2048"), ("int4wo-32", 6144, 4096, 4, "4x16x1024"),
@@ -82,7 +82,7 @@ BY_PTXAS = {
         ("int8wo", 5120, 13824, 256, "256x128x64 swapped carried tma split 3"), ("int4wo-128", 5120, 13824, 64, "64x64x128 split 3"),
         # a program for a multiprocessor, or fewer: more stages
         ("int8wo", 1280, 5120, 256, "128x64x128 swapped carried tma alone split 3"), ("int4wo-128", 1280, 5120, 256, "128x64x128 carried tma alone scaled split 3"),
-        ("int8wo", 4096, 4096, 256, "128x64x128 swapped carried tma alone"),
+        ("int8wo", 4096, 4096, 256, "256x64x64 swapped carried tma alone split 2"),
         ("int4wo-32-asym", 3840, 1280, 256, "128x64x128 carried tma alone scaled"), ("int8wo", 6144, 4096, 256, "256x64x64 swapped carried tma alone"),
         # a few tiles more than multiprocessors, in parts beside the others
         ("int4wo-32", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"), ("int8wo", 5120, 1280, 256, "128x64x128 swapped carried tma tail split 4"),
@@ -91,6 +91,8 @@ BY_PTXAS = {
         ("int8dq", 1280, 5120, 1024, "128x64x128 swapped tail split 4"),
         ("int8dq-int4w", 1280, 5120, 1024, "64x64x256 tail split 2"), ("int8dq-int4w-128", 1280, 5120, 1024, "64x64x256 tail split 2"),
         ("int8dq-int4w", 5120, 13824, 256, "64x64x256 tail split 2"), ("int8dq-int4w-128", 5120, 1280, 256, "64x64x128"),
+        ("int8wo", 18944, 3584, 64, "64x64x128 swapped tail split 4"), ("int4wo-128", 28672, 4096, 16, "16x64x256 tail split 2"),
+        ("int4wo-32", 28672, 4096, 16, "16x64x256 scaled tail split 2"), ("int4wo-128", 9728, 896, 16, "16x64x128"),
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int4wo-128", 1280, 5120, 1024, None), ("int4wo-32", 1280, 5120, 1024, None), ("int8wo", 1280, 5120, 1024, None),
         ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 896, 4864, 1024, None), ("int4wo-32-asym", 896, 4864, 1024, None),

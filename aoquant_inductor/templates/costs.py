@@ -80,9 +80,9 @@ def costs() -> dict[tuple[str, str], Cost]:
         return {(row[0], row[1]): Cost(*map(float, row[2:])) for row in list(csv.reader(file))[1:]}
 
 
-def sliced(area: int) -> bool:
-    """Whether a tile that is split is added up by all of its programs. None with x on the left is; none such has a price."""
-    return area >= SLICED_AREA
+def sliced(area: int, tail: bool = False) -> bool:
+    """Whether a tile that is split, all of K or as one of a tail, is added up by all of its programs."""
+    return tail or area >= SLICED_AREA
 
 
 def slices(split: int) -> int:
@@ -106,14 +106,14 @@ def splits_fit(split: int, tiles: int, area: int, warps: int, sms: int) -> bool:
     return split <= MOST_SLICED and split * tiles <= (1 if alone else 2) * sms
 
 
-def split_of(label: str, area: int) -> tuple[str, str]:
+def split_of(label: str, area: int, tail: bool = False) -> tuple[str, str]:
     """Where the splits of a kernel are, for tiles of `area` elements."""
-    return f"{label} {'sliced' if sliced(area) else 'split'}", ""
+    return f"{label} {'sliced' if sliced(area, tail) else 'split'}", ""
 
 
-def shared(split: int, tiles: int, area: int) -> tuple[float, int]:
+def shared(split: int, tiles: int, area: int, tail: bool = False) -> tuple[float, int]:
     """How many parts of a tile a program adds up, of rows of its own all but its own; how many programs do so at once."""
-    return ((split - 1) / slices(split), split * tiles) if sliced(area) else (split, tiles)
+    return ((split - 1) / slices(split), split * tiles) if sliced(area, tail) else (split, tiles)
 
 
 def bytes_written(m: int, n: int, area: int) -> int:
@@ -133,14 +133,14 @@ def hides(before: int, area: int) -> bool:
     return before > 0 and (before - 1) * area < SPLIT_AREA and area < FULL_AREA
 
 
-def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost, left: float = 0.0) -> float:
+def of_split(split: int, tiles: int, area: int, sms: int, cost: Cost, left: float = 0.0, tail: bool = False) -> float:
     """Microseconds of adding up the parts of tiles of `area` elements: by one program, and by all through memory. left: of
-    whole tiles that hide it.
+    whole tiles that hide it, those of a tail.
     """
     if split == 1:
         return 0.0
     start, step, _, full = cost
-    one, others = shared(split, tiles, area)
+    one, others = shared(split, tiles, area, tail)
     return max(0.0, start + one * area / SPLIT_AREA * (step + full * others / sms) - left)
 
 

@@ -66,7 +66,7 @@ class Config:
         return tiles if not self.tail else tiles % self.tail if tiles > self.tail else 0
 
     def keywords(self) -> dict[str, Any]:
-        sliced = self.split_k > 1 and (self.tail > 0 or costs.sliced(self.block_m * self.block_n))
+        sliced = self.split_k > 1 and costs.sliced(self.block_m * self.block_n, self.tail > 0)
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": self.group_m,
             "SWAP": self.swap, "SPLIT_K": self.split_k, "TAIL": self.tail, "CARRIED": self.carried, "PROGRAMS": self.programs,
@@ -196,7 +196,8 @@ class Kernel:
         us = cost.us(costs.waves_of(rest * split, split, before, card.sms), steps, memory, written)
         if split > 1:
             left = cost.left(split, steps, before, area)
-            us += costs.of_split(split, rest, area, card.sms, known[costs.split_of(self.label, area)], left)
+            adding = known[costs.split_of(self.label, area, before > 0)]
+            us += costs.of_split(split, rest, area, card.sms, adding, left, before > 0)
         return us
 
     def choice(self, p: Problem, config: Config) -> inductor.TritonChoice:
@@ -213,6 +214,13 @@ class Kernel:
         kind = f"W{p.bits}A{8 if p.dynamic else 16}"
         label = f"Triton {self.template} {kind} {config}"
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
+
+
+def vain_tail(p: Problem, config: Config) -> bool:
+    """Whether a tail of low tiles is no use: higher ones are faster where there are so many rows, and short ones hide no sums
+    (H200: none of less than twelve steps was the fastest, at 32 to 128 rows).
+    """
+    return config.tail > 0 and config.block_m < 128 and (ir.rows_hint(p.m) > 2 * config.block_m or config.steps(p.k) < 10)
 
 
 def _shared(p: Problem, config: Config) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel, vain_tail
 
 
 def _words(p: Problem) -> bool:
@@ -19,6 +19,8 @@ def _words(p: Problem) -> bool:
 def _adapt(p: Problem, config: Config) -> Config | None:
     if config.carried and not _words(p):
         return None  # ptxas 13.5 miscompiled Triton's own conversion, too: wrong on an H100
+    if vain_tail(p, config):
+        return None
     # fp32 operands are four times an int8's bytes in shared memory; tl.dot wants at least 32 of K for int8
     block_k = min(config.block_k, 32 if p.x.get_dtype() == torch.float32 else config.block_k, 1 << (p.k - 1).bit_length())
     least = 64 if p.layout == "wgmma" else 32
@@ -112,6 +114,7 @@ INT8_WEIGHT_ONLY = Kernel(
         replace(W64_CARRIED, split_k=FILL_TWICE), W_LARGE, W_CARRIED, replace(W_CARRIED, split_k=FILL),
         replace(W_CARRIED, tail=1),
         replace(W_CARRIED, block_m=128, split_k=FILL), W128_CARRIED, W128_TAIL, W128_ALONE, W256_ALONE,
+        *(replace(config, tail=1) for config in (W16, W32, W64)),  # 1 to 24 % faster at 10240 columns and more (H200)
     ),
     _keywords, _adapt, label="W8A16",
 )
