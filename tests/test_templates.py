@@ -72,6 +72,7 @@ BY_PTXAS = {
         ("int8dq", 1280, 5120, 256, "64x64x128 swapped split 3"), ("int8wo", 1280, 5120, 256, "128x64x128 swapped held split 6"), ("int4wo-128", 1280, 5120, 256, "128x64x128 scaled split 6"),
         ("int8dq-int4w", 1280, 5120, 256, "64x64x256 split 3"), ("int8dq-int4w-128", 1280, 5120, 256, "64x64x256 split 3"),
         ("int8wo", 28672, 4096, 4096, None), ("int4wo-128", 28672, 4096, 4096, None),
+        ("int4wo-32", 5120, 1280, 128, "64x64x128 scaled tail split 4"),  # what newer ptxas may do alone
     ],
     (13, 5): [
         ("int8wo", 28672, 4096, 256, "256x128x64 swapped carried tma"), ("int8wo", 28672, 4096, 1024, "256x128x64 swapped carried tma"),
@@ -93,6 +94,8 @@ BY_PTXAS = {
         ("int8dq-int4w", 5120, 13824, 256, "64x64x256 tail split 2"), ("int8dq-int4w-128", 5120, 1280, 256, "64x64x128"),
         ("int8wo", 18944, 3584, 64, "64x64x128 swapped tail split 4"), ("int4wo-128", 28672, 4096, 16, "16x64x256 tail split 2"),
         ("int4wo-32", 28672, 4096, 16, "16x64x256 scaled tail split 2"), ("int4wo-128", 9728, 896, 16, "16x64x128"),
+        ("int8wo", 5120, 1280, 64, "32x64x128 swapped tail split 4"), ("int8wo", 6144, 4096, 64, "32x64x128 swapped split 2"),
+        ("int4wo-128", 5120, 1280, 128, "128x64x128 carried tma alone scaled"),
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int4wo-128", 1280, 5120, 1024, None), ("int4wo-32", 1280, 5120, 1024, None), ("int8wo", 1280, 5120, 1024, None),
         ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 896, 4864, 1024, None), ("int4wo-32-asym", 896, 4864, 1024, None),

@@ -25,6 +25,7 @@ SLICED_AREA = 4096  # elements of a tile, from which on each of its programs add
 MOST_SLICED = 8  # programs of such a tile: 12 and 16 were the fastest of no problem (H200)
 NORM = 2  # arithmetic and memory: the longer one, and a little of the other
 MOST_WAVES = 4  # of programs that share their tiles
+HIGH = 128  # rows of a tile, whose tail is of use whatever M is
 PAIR = 2  # programs of a multiprocessor
 FULL_AREA = 32768  # elements of a tile whose program has a multiprocessor for itself
 BYTES_PER_US = 3.3e6  # of memory
@@ -94,6 +95,14 @@ def height_fits(block_m: int, m: int) -> bool:
     """Whether a tile is worth a thought, and a price: half as high as there are rows, or as high; 64 are half of any more."""
     rows = 1 << (m - 1).bit_length()
     return min(rows // 2, 64) <= block_m <= max(16, rows)
+
+
+def tail_fits(block_m: int, m: int, steps: int) -> bool:
+    """Whether a tail of tiles is of use. Of low ones (H200, 16 to 128 rows): short ones hide no sums, and where there are more
+    rows, higher tiles and their splits are faster, but for a short K.
+    """
+    low_enough = m <= block_m or (block_m >= 32 and m <= 2 * block_m and steps <= 12)
+    return block_m >= HIGH or (steps >= 10 and low_enough)
 
 
 def splits_fit(split: int, tiles: int, area: int, warps: int, sms: int) -> bool:

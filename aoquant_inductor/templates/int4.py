@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import packing_cuda
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Kernel, vain_tail
+from aoquant_inductor.templates import costs
+from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Kernel
 
 SCALED = (("SCALED", True),)
 
@@ -46,7 +48,7 @@ def _one_sum(p: Problem) -> bool:
 
 
 def _adapt(p: Problem, config: Config) -> Config | None:
-    return None if vain_tail(p, config) else config
+    return config if not config.tail or costs.tail_fits(config.block_m, ir.rows_hint(p.m), config.steps(p.k)) else None
 
 
 def _one_sum_adapt(p: Problem, config: Config) -> Config | None:

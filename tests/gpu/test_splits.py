@@ -64,6 +64,9 @@ def test_two_streams_and_a_busy_card_get_the_same_sums(name: str) -> None:
     ("int8wo", linear.INT8_WEIGHT_ONLY, linear.W128_CARRIED), ("int4wo-128", int4.SUMS, int4.L128_CARRIED), ("int4wo-128", int4.SUMS, int4.L128_WIDE_CARRIED),
     ("int4wo-32", int4.ONE_SUM, int4.L128_CARRIED), ("int4wo-32-asym", int4.ONE_SUM, int4.L128_CARRIED), ("int8dq", linear.INT8_DYNAMIC, linear.D512_HIGH),
     ("int8dq-int4w", int4.DYNAMIC_ROW, int4.D64_TAIL), ("int8dq-int4w-128", int4.DYNAMIC_GROUPS, int4.D64_TAIL),
+    *(("int8wo", linear.INT8_WEIGHT_ONLY, config) for config in (linear.W16, linear.W32, linear.W64)),
+    *(("int4wo-128", int4.SUMS, config) for config in (int4.L16_LONG, int4.L32, int4.L32_LONG, int4.L64_WIDE)),
+    *((scheme, int4.ONE_SUM, config) for scheme in ("int4wo-32", "int4wo-32-asym") for config in (int4.S16, int4.S32, int4.S64, int4.S64_WIDE)),
 ])
 def test_a_tail_is_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     """Twelve tiles more than the card has multiprocessors, of which each then has many programs."""
