@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import packing_cuda
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates import costs
 from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Kernel
 
 SCALED = (("SCALED", True),)
@@ -47,12 +45,8 @@ def _one_sum(p: Problem) -> bool:
     return p.groups == 1 or small_groups(p) or float_zeros(p)
 
 
-def _adapt(p: Problem, config: Config) -> Config | None:
-    return config if not config.tail or costs.tail_fits(config.block_m, ir.rows_hint(p.m), config.steps(p.k)) else None
-
-
 def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
-    return _adapt(p, replace(config, extra=()) if p.groups == 1 else config)
+    return replace(config, extra=()) if p.groups == 1 else config
 
 
 def _scaled(config: Config) -> Config:
@@ -90,7 +84,7 @@ SUMS = Kernel(
         L128_CARRIED, L128_TAIL, L128_ALONE, replace(L128_WIDE_CARRIED, split_k=FILL), replace(L128_WIDE_CARRIED, tail=1),
         *map(_tail, (L16_LONG, L32, L32_LONG, L64, L64_WIDE)), *LARGE,  # 1 to 24 % faster at 10240 columns and more (H200)
     ),
-    keywords, _adapt, label="W4A16",
+    keywords, label="W4A16",
 )
 S16, S32, S64_WIDE, S64, S128 = (_scaled(config) for config in (L16_LONG, L32_LONG, L64_WIDE, L64, L128))
 ONE_SUM = Kernel(
@@ -125,8 +119,6 @@ T_GROUPS = Config(128, 64, 128, 4, 3, tma=True)
 
 
 def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
-    if config.tail and config.steps(p.k) < 8:  # short tiles hide no sums: 8 to 19 % slower than whole ones (H200, 4 and 5)
-        return None
     return replace(config, num_warps=8) if _crowded(p) and config.block_m * config.block_n >= 64 * 128 else config
 
 

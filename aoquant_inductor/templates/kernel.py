@@ -178,9 +178,10 @@ class Kernel:
             base = replace(config, split_k=1)
             splits[base] = splits.get(base, False) or config.split_k != 1
         for base, may in splits.items():
-            if not costs.height_fits(base.block_m, m) or self.outdone(p, card, base):
-                continue
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
+            vain = base.tail and not costs.tail_fits(base.block_m, m, steps, p.dynamic)
+            if vain or not costs.height_fits(base.block_m, m) or self.outdone(p, card, base):
+                continue
             for split in costs.SPLITS if may and not base.tail else (1,):
                 fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, base.num_warps, card.sms)
                 if split > 1 and (2 * split > steps or not fits):

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
-from aoquant_inductor.templates import costs
 from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Default, Kernel
 
 
@@ -21,8 +19,6 @@ def _words(p: Problem) -> bool:
 def _adapt(p: Problem, config: Config) -> Config | None:
     if config.carried and not _words(p):
         return None  # ptxas 13.5 miscompiled Triton's own conversion, too: wrong on an H100
-    if config.tail and not costs.tail_fits(config.block_m, ir.rows_hint(p.m), config.steps(p.k)):
-        return None
     # fp32 operands are four times an int8's bytes in shared memory; tl.dot wants at least 32 of K for int8
     block_k = min(config.block_k, 32 if p.x.get_dtype() == torch.float32 else config.block_k, 1 << (p.k - 1).bit_length())
     least = 64 if p.layout == "wgmma" else 32
