@@ -40,6 +40,7 @@ DOTS = (linear.GENERAL, Config(32, 64, 64, 4, 2, swap=True, split_k=2, extra=(("
 FORCED = [("int8dq", "float16", 5, 70, 1025, SPLIT), ("int8dq-asymact", "float16", 5, 70, 1025, SWAPPED),
           ("int8wo", "float16", 33, 70, 1024, SWAPPED), ("int8wo", "float16", 33, 70, 1024, HELD),
           ("int8dq-asymact", "float16", 262, 80, 1025, TAIL), ("int8wo", "float16", 262, 80, 1024, TAIL_SWAPPED),
+          ("int8wo-64", "float16", 262, 80, 1024, TAIL_SWAPPED),
           ("int8dq-asymact", "float16", 70, 70, 1025, UNSLICED), ("int8dq-asymact", "float16", 70, 70, 1025, SLICED), ("int8dq", "float16", 50, 70, 1025, SLICED_SHORT),
           ("int8wo", "float16", 33, 70, 1024, SLICED), ("int8wo", "float16", 33, 170, 1024, SLICED_SHORT), ("int8wo", "float16", 33, 70, 576, DOTS), ("int8wo", "float16", 5, 70, 1024, DOTS), ("int4wo-32-asym", "float16", 5, 33, 129, SWAPPED)]
 # ten tiles below each other, two more than a group has; sixteen, two groups
