@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,8 @@ def evaluator(expr: sympy.Expr, places: Mapping[sympy.Symbol, int]) -> Callable[
     if expr in places:
         place = places[expr]
         return lambda args: args[place]  # type: ignore[no-any-return]
-    function = sympy.lambdify(free, expr, modules="math")
+    (printer,) = private("torch.utils._sympy.printers", "PythonPrinter")  # knows torch's own functions, FloorDiv and the like
+    function = sympy.lambdify(free, expr, modules=[{"math": math}, "math"], printer=printer())
     at = [places[symbol] for symbol in free]
     return lambda args: int(function(*[args[i] for i in at]))
 

@@ -103,7 +103,7 @@ class Problem:
     @property
     def beyond_32_bits(self) -> bool:
         """Whether x, y or the weight have more elements than the indices of a Triton kernel of ours tell apart."""
-        m = ir.rows_hint(self.m)
+        m = 0 if self.x is None else ir.rows_hint(self.m)
         return max(m * self.k, m * self.n, self.n * self.k) > torch.iinfo(torch.int32).max
 
     @property

@@ -101,7 +101,7 @@ def rows(folder: Path) -> Iterator[Row]:
                 split = int(found.group(1)) if found else 1
                 steps = -(-k // (bk * (2 if " dots" in text else 1)))
                 tiles = -(-m // bm) * -(-n // bn)
-                warps = int(re.search(r" w(\d)", text).group(1))  # type: ignore[union-attr]
+                warps = int(re.search(r" w(\d+)", text).group(1))  # type: ignore[union-attr]
                 if not prices.height_fits(bm, m) or not (tail or prices.splits_fit(split, tiles, bm * bn, warps, SMS)):
                     continue
                 each, before = -(-steps // split), 0

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils._sympy.functions import FloorDiv
 from util import Graph, assert_counts, block, compiled, sqnr_db, tokens
 
 import aoquant_inductor
@@ -62,6 +63,20 @@ def test_m_is_a_product_of_two_sizes(graphs: list[Graph], hints: list[int]) -> N
             x = torch.randn(b, t, 32, dtype=torch.bfloat16)
             assert sqnr_db(function(x), model.reference(x)) > 45, (b, t)
     assert hints == [16, 4, 100]
+    assert len(graphs) == 3
+
+
+def test_m_is_half_of_a_size(graphs: list[Graph], hints: list[int]) -> None:
+    """As behind a patch embedding."""
+    stem, model = nn.Conv1d(32, 32, 3, stride=2, padding=1).bfloat16(), block()
+    function = torch.compile(
+        lambda x: model(stem(x).transpose(1, 2)), backend="aoquant", dynamic=True, options={"schemes": "int8wo"}
+    )
+    with torch.no_grad():
+        for t in (7, 3, 40, 6):
+            x = torch.randn(2, 32, t, dtype=torch.bfloat16)
+            assert sqnr_db(function(x), model.reference(stem(x).transpose(1, 2))) > 45, t
+    assert hints == [16, 4, 40]
     assert len(graphs) == 3
 
 
@@ -181,4 +196,6 @@ def test_the_cost_of_choosing_is_one_call() -> None:
     assert _inductor_shapes.evaluator(a, {a: 1})([0, 7]) == 7
     assert _inductor_shapes.evaluator(a * b, {a: 1, b: 0})([3, 7]) == 21
     assert _inductor_shapes.evaluator(a * b, {a: 1}) is None
+    half = FloorDiv(a - 1, 2) + 1
+    assert _inductor_shapes.evaluator(half * b, {a: 1, b: 0})([3, 8]) == 12
     assert _inductor_shapes.rows(nn.Parameter(torch.zeros(3, 5, 8))) == 15

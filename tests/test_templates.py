@@ -188,7 +188,18 @@ def test_everything_has_a_default_that_fits(scheme: str, card: Card) -> None:
 @pytest.mark.parametrize("scheme", ["int8dq", "int8wo", "int4wo-128", "int8dq-int4w"])
 def test_what_32_bits_do_not_count_is_not_ours(scheme: str, n: int, k: int, m: int) -> None:
     assert lowering_triton.linear(problem(scheme, n, k, m)) is None
+    assert not replace(problem("int4wo-128", 152064, 8192, 152064), x=None).beyond_32_bits  # a weight alone has no y
     assert problem(scheme, n, k, m).beyond_32_bits and not problem(scheme, 32768, 32760, 65535).beyond_32_bits
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_many_rows_of_what_only_the_general_kernel_does_are_a_copy(card: Card) -> None:
+    """Weight-only int8 whose K 64 does not divide, or that sm_90 is not for; int8 activations have no copy to gain by."""
+    k = 4304
+    assert default(problem("int8wo", 1152, k, 1024, card), card) is None
+    few, dynamic = default(problem("int8wo", 1152, k, 512, card), card), default(problem("int8dq", 1152, k, 1024, card), card)
+    assert few is not None and few[0] is linear.GENERAL
+    assert dynamic is not None
 
 
 @pytest.mark.parametrize(("card", "sms"), [(86, 82), (86, 28), (120, 170), (80, 108)])
@@ -241,8 +252,9 @@ def test_a_search_tries_each_config_once_and_only_what_can_run(scheme: str, card
 def _check_that_a_copy_wins(p: Problem, card: Card) -> None:
     """A weight as bf16 for cuBLAS is dearer than every kernel of ours for few rows, and ours can run all the same."""
     ours = [(us, k, config) for k in KERNELS if k.fits(p, card) for us, config in k.priced(p, card)]
-    assert not p.dynamic and p.m >= 64 and ours, p
-    assert min(us for us, *_ in ours) > lowering_portable.us(p, card)
+    general = [k for k in KERNELS if k.fits(p, card)] == [linear.GENERAL]  # without prices
+    assert not p.dynamic and (p.m > 512 if general else p.m >= 64 and ours), p
+    assert general or min(us for us, *_ in ours) > lowering_portable.us(p, card)
     for _, kernel, config in ours:
         _check(p, card, kernel, config)
 

@@ -78,7 +78,7 @@ class Config:
 @dataclass(frozen=True)
 class Default:
     """What default mode takes for M <= upto, N >= n, K >= k, N * K <= elements, where every multiprocessor gets at least
-    `waves` tiles; None is the portable lowering.
+    `waves` tiles, and, if weight_only, no activation is int8; None is the portable lowering.
     """
 
     config: Config | None
@@ -87,11 +87,13 @@ class Default:
     k: int = 0
     waves: float = 0
     elements: int = ANY
+    weight_only: bool = False
 
     def covers(self, p: Problem, card: Card) -> bool:
         m = ir.rows_hint(p.m)
         enough = self.config is None or self.config.tiles(m, p.n) >= self.waves * card.sms
-        return m <= self.upto and p.n >= self.n and p.k >= self.k and p.n * p.k <= self.elements and enough
+        kind = not (self.weight_only and p.dynamic)
+        return m <= self.upto and p.n >= self.n and p.k >= self.k and p.n * p.k <= self.elements and enough and kind
 
 
 @dataclass(frozen=True)
