@@ -38,6 +38,11 @@ class Card:
         """Whether it has a tensor memory accelerator."""
         return self.arch >= 90
 
+    @property
+    def by_mma_sync(self) -> bool:
+        """Whether its tensor cores read their operands from registers."""
+        return 80 <= self.arch < 90 or self.arch >= 120
+
     @classmethod
     def of(cls, device: torch.device) -> Card:
         if device.type == "cuda":

@@ -38,6 +38,10 @@ Properties = collections.namedtuple(
 )
 
 
+SHARED = {80: 166912, 86: 101376, 89: 101376, 120: 101376}
+"""Bytes that a program may have, where that is less than a Hopper's."""
+
+
 @contextlib.contextmanager
 def pretended_gpu(arch: int = 90, sms: int = 132) -> Iterator[None]:
     """torch.cuda as a card of compute capability arch // 10, arch % 10, with `sms` multiprocessors."""
@@ -46,7 +50,7 @@ def pretended_gpu(arch: int = 90, sms: int = 132) -> Iterator[None]:
     from triton.runtime import driver
 
     card = Properties(
-        "pretended", arch // 10, arch % 10, 80 << 30, sms, 32, 2048, 65536, "", 49152, 232448, 50 << 20, "0"
+        "pretended", arch // 10, arch % 10, 80 << 30, sms, 32, 2048, 65536, "", 49152, SHARED.get(arch, 232448), 50 << 20, "0"
     )
 
     class Driver:

@@ -261,7 +261,8 @@ def _check_that_a_copy_wins(p: Problem, card: Card) -> None:
 
 def _check(p: Problem, card: Card, kernel: Kernel, config: Config) -> None:
     operands = config.block_m * p.x.get_dtype().itemsize + config.block_n * p.bits // 8
-    assert config.num_stages * config.block_k * operands <= card.shared, (kernel.template, config)
+    buffers = max(1, config.num_stages - 1) if card.by_mma_sync else config.num_stages
+    assert buffers * config.block_k * operands <= card.shared, (kernel.template, config)
     assert 1 <= config.split_k <= MAX_SPLIT and not config.carried
     assert config.split_k == 1 or config.tiles(p.m, p.n) <= COUNTERS
 

@@ -50,6 +50,17 @@ def test_defaults_compile_to_the_instruction_meant(scheme: str, arch: int, tmp_p
         assert arch != 90 or m == 8 or "wgmma.mma_async" in ptx
 
 
+@pytest.mark.parametrize("arch", [80, 89, 120])
+@pytest.mark.parametrize("scheme", ["int4wo-128", "int4wo-32-asym", "int8dq-int4w-128-asym-asymact", "int8wo"])
+def test_a_default_has_the_shared_memory_that_it_needs(scheme: str, arch: int, tmp_path: Path) -> None:
+    """More than there is fails at the first launch; and 128 rows of int4 fit, which count a buffer less than stages."""
+    for m in (64, 256):
+        rendered = offline.render(scheme, m, 6144, 2048, torch.bfloat16, arch=arch)
+        built = offline.assemble(rendered.code, tmp_path, arch)
+        assert built.metadata.shared <= offline.SHARED[arch], rendered.code
+        assert m == 64 or not scheme.startswith("int4wo") or "BLOCK_M : tl.constexpr = 128" in rendered.code
+
+
 def distinct(kernel: Kernel) -> list[Config]:
     """Its configs, each with one split: the machine code differs in nothing else."""
     return list(dict.fromkeys(replace(config, split_k=min(2, abs(config.split_k))) for config in kernel.configs))

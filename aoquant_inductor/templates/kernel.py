@@ -118,7 +118,7 @@ class Kernel:
         if wanted.tma and not (card.has_tma and p.by_tma):
             wanted = replace(wanted, tma=False)
         config = self.adapt(p, wanted)
-        while config is not None and _shared(p, config) > card.shared:
+        while config is not None and _shared(p, config, card) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
         if config is None:
             return None
@@ -224,10 +224,13 @@ class Kernel:
         return inductor.TritonChoice(label, template(self.template), keywords, scratch)
 
 
-def _shared(p: Problem, config: Config) -> int:
-    x_bytes = config.block_m * p.x.get_dtype().itemsize
-    w_bytes = config.block_n * p.bits // 8
-    return int(config.num_stages * config.block_k * int(dict(config.extra).get("DOTS", 1)) * (x_bytes + w_bytes))
+def _shared(p: Problem, config: Config, card: Card) -> int:
+    """At most so many bytes of shared memory are a program's."""
+    x_bytes, buffers, more = config.block_m * p.x.get_dtype().itemsize, config.num_stages, 0
+    if card.by_mma_sync:  # a step is loaded where the one before last was; a weight in bf16 passes through it to other lanes
+        buffers, more = max(1, buffers - 1), 2048 if p.dynamic or p.bits == 8 else 256 * config.block_n + 5120
+    step = config.block_k * int(dict(config.extra).get("DOTS", 1)) * (x_bytes + config.block_n * p.bits // 8)
+    return int(buffers * step + more)
 
 
 @functools.cache

@@ -53,8 +53,8 @@ GENERAL = Kernel(
     "linear", _general, GENERAL_CONFIGS, _keywords, _adapt,
     (
         Default(GENERAL_CONFIGS[0], upto=16), Default(GENERAL_CONFIGS[1], upto=64), Default(GENERAL_CONFIGS[2], upto=256),
-        # it waits for every converted weight: a third to a half of bf16's speed at 256 and 512 rows (H100), where a copy in bf16
-        # takes once what its bytes do, beside torch.mm
+        # it waits for each converted weight: a third to a half of bf16's speed at 256 and 512 rows (H100). A copy in bf16 takes
+        # what its bytes do, once, beside torch.mm
         Default(GENERAL_CONFIGS[3], upto=512), Default(None, weight_only=True), Default(GENERAL_CONFIGS[3]),
     ),
 )
