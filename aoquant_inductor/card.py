@@ -43,6 +43,11 @@ class Card:
         """Whether its tensor cores read their operands from registers."""
         return 80 <= self.arch < 90 or self.arch >= 120
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether its tensor cores sum up in a memory of their own."""
+        return 100 <= self.arch < 120
+
     @classmethod
     def of(cls, device: torch.device) -> Card:
         if device.type == "cuda":

@@ -50,6 +50,12 @@ def test_defaults_compile_to_the_instruction_meant(scheme: str, arch: int, tmp_p
         assert arch != 90 or m == 8 or "wgmma.mma_async" in ptx
 
 
+@pytest.mark.parametrize("arch", [90, 100])
+def test_many_rows_of_int8_beside_a_bias(arch: int, tmp_path: Path) -> None:
+    rendered = offline.render("int8dq", 4096, 4096, 1024, torch.bfloat16, arch=arch)
+    assert re.search(INT8[arch], check(rendered, tmp_path, arch))
+
+
 @pytest.mark.parametrize("arch", [80, 89, 120])
 @pytest.mark.parametrize("scheme", ["int4wo-128", "int4wo-32-asym", "int8dq-int4w-128-asym-asymact", "int8wo"])
 def test_a_default_has_the_shared_memory_that_it_needs(scheme: str, arch: int, tmp_path: Path) -> None:
