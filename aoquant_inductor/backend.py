@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from aoquant_inductor import _inductor, attention, emit, lowering, progress, ranges, release, rewrite, siblings, spellings
 from aoquant_inductor import _inductor_dynamo as dynamo
+from aoquant_inductor import _inductor_effects as effects
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
 from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
@@ -67,7 +68,7 @@ def _pipeline(
     attention.write_out(gm, rewrite.wanted(gm, example_inputs, names, opts, differentiable is not None))
     spellings.as_linears(gm, rewrite.weights_of(gm, example_inputs, names))
     sites = rewrite.find(gm, example_inputs, names, opts)
-    if any(site.scheme for site in sites) and dynamo.differentiates(gm, differentiable is not None):
+    if any(site.scheme for site in sites) and effects.differentiates(gm, differentiable is not None):
         warn_once("gradients are taken within the compiled function: the linears of that graph stay in full precision.")
         for site in sites:
             site.skip("grad", "is in a graph that takes gradients itself (torch.func, torch.enable_grad).")
@@ -79,7 +80,7 @@ def _pipeline(
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):
-        dynamo.guard_training(frame.local_self)
+        dynamo.guard_training(frame)
     for site in sites:
         if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")
@@ -207,7 +208,8 @@ def _needs_grad(gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | Non
         return "the model is in training mode with grad enabled"
     if root is None and any(trainable):  # a function: whether its modules train cannot be seen
         return "a function over parameters that require grad is compiled with grad enabled"
-    if any(trainable) and not all(trainable):
+    everything = trainable if root is None else [parameter.requires_grad for parameter in root.parameters()]  # of every graph
+    if any(trainable) and not all(everything):
         return "some parameters require grad and others are frozen"
     if any(trainable):
         warn_once("grad is enabled, but nothing asks for it: compiling for inference. Use torch.no_grad() to say so.")

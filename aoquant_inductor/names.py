@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _SOURCE_PART = re.compile(r"\[(?:'([^']+)'|(\d+))\]|\.(\w+)")
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.LayerNorm, nn.RMSNorm)
@@ -43,6 +44,7 @@ class Names:
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
+                matrix = not is_lazy(parameter) and parameter.dim() > 1
                 full = f"{prefix}.{key}" if prefix else key
                 seen = id(parameter) in self._owners
                 self._owners.setdefault(id(parameter), []).append(module)
@@ -52,7 +54,7 @@ class Names:
                     self._names.setdefault(id(parameter), []).append(name)
                 else:
                     self._aliases.setdefault(id(parameter), []).append(full)
-                    if not seen and parameter.dim() > 1 and not isinstance(module, (nn.Linear, *NO_PRODUCTS)):
+                    if not seen and matrix and not isinstance(module, (nn.Linear, *NO_PRODUCTS)):
                         self.others.append(Other(full, type(module).__name__, parameter.nbytes))
                         if parameter.dim() == 2:
                             self.matrices.append(_of_module(full))

@@ -10,8 +10,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from aoquant_inductor import _inductor_dynamo as dynamo
+from aoquant_inductor import _inductor_effects as effects
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor import packing, qparams
 from aoquant_inductor.entry import Entry
@@ -31,8 +33,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torch.Tensor, Layer, Scheme | None]]:
     """Every weight of an nn.Linear of the module, decided; no data is read."""
-    weights = (module._parameters.get("weight") for module in root.modules() if isinstance(module, nn.Linear))
-    for weight in {id(weight): weight for weight in weights if weight is not None}.values():
+    weights = [module._parameters.get("weight") for module in root.modules() if isinstance(module, nn.Linear)]
+    for weight in {id(weight): weight for weight in weights if weight is not None and not is_lazy(weight)}.values():
         yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
     for name, module in names.computed.items():
         dtype = next((parameter.dtype for parameter in module.parameters()), None)
@@ -196,26 +198,27 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
     """Every linear of the graph, decided."""
     real = _values(gm, inputs)
     sites = []
-    for target in LINEAR:
-        for node in gm.graph.find_nodes(op="call_function", target=target):
-            bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-            x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
-            value = real.get(weight)
-            if (computed := names.of_computed(dynamo.module_name(node))) is not None:
-                layer, scheme = _computed(weight.meta["example_value"], computed, options)
-            elif (part := _part(weight, real, names, options)) is not None:
-                layer, scheme = part
-            else:
-                known, aliases = _called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
-                layer, scheme = decide(value, known, aliases, options)
-            out_dtype = node.meta["example_value"].dtype
-            sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
-    written = dynamo.written(gm, inputs)
+    for node in (node for node in gm.graph.nodes if node.op == "call_function" and node.target in LINEAR):
+        bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
+        value = real.get(weight)
+        if (computed := names.of_computed(dynamo.module_name(node))) is not None:
+            layer, scheme = _computed(weight.meta["example_value"], computed, options)
+        elif (part := _part(weight, real, names, options)) is not None:
+            layer, scheme = part
+        else:
+            known, aliases = _called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
+            layer, scheme = decide(value, known, aliases, options)
+        out_dtype = node.meta["example_value"].dtype
+        sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
+    written = effects.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)
         if site.scheme is not None and site.bias is not None and site.bias.meta["example_value"].shape != site.value.shape[:1]:
             site.skip("bias", "has a bias that is broadcast, not one number for each of its outputs.")
-        if dynamo.stream(site.node) is not None:
+        if site.x.meta["example_value"].is_nested:
+            site.skip("nested", "has a nested tensor as its activation.")
+        if effects.stream(site.node) is not None:
             site.skip("stream", "is on a stream of its own in the graph, where what kernels share is not safe.")
         if written(site.weight):
             site.skip("written", "is written to by the graph that reads it: a pack would be of before.")
@@ -223,8 +226,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
     for site in sites:
         readers = [of_node.get(user) for user in site.weight.users]
         site.read_elsewhere = any(r is None or r.weight is not site.weight or site.weight in (r.x, r.bias) for r in readers)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    return sorted(sites, key=lambda site: order[site.node])
+    return sites
 
 
 def pack(site: Site) -> None:
@@ -234,7 +236,7 @@ def pack(site: Site) -> None:
     if site.value.is_meta:
         site.skip("meta", "has no data: it is on the meta device.")
         return
-    kept = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[site.value.dtype]
+    kept = dict(zip(FLOATS, ("bf16", "fp16", "fp32"), strict=True))[site.value.dtype]
     try:
         site.entry, site.packed, sqnr = STORE.pack(site.value, site.scheme, site.layout)
     except qparams.NonFinite as error:

@@ -6,28 +6,24 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from aoquant_inductor import _inductor, native, release
+from aoquant_inductor import _inductor, native
 from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor.emit import Rewritten
-from aoquant_inductor.entry import Entry
 from aoquant_inductor.errors import UnsupportedLayers
+from aoquant_inductor.group import Group, Linear
 from aoquant_inductor.journal import Log, log_of
-from aoquant_inductor.layouts import Packed, Strides
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
 from aoquant_inductor.qparams import NonFinite
-from aoquant_inductor.report import KEPT, RELEASED, SKIPPED, Layer, Report
-from aoquant_inductor.rewrite import Site
-from aoquant_inductor.scheme import Scheme
+from aoquant_inductor.report import SKIPPED, Layer, Report
 from aoquant_inductor.watch import Watch
-from aoquant_inductor.weights import STORE
 
 Compiled = Callable[..., Any]
 MAX_CONSTANT_GRAPHS = 4
@@ -83,86 +79,6 @@ def constant(function: Compiled, rewritten: Rewritten, checked: bool, journal: L
     return chosen
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """A packed linear of a graph, without the weight it was compiled with: a graph outlives its first weights.
-
-    whole: a number that those share whose packs lie in one; strides: how its own lies, which the graph relies on.
-    """
-
-    scheme: Scheme
-    shape: tuple[int, int]
-    layout: str
-    layer: Layer
-    read_elsewhere: bool
-    whole: int | None
-    strides: Strides
-
-    @classmethod
-    def of(cls, site: Site) -> _Linear:
-        assert site.scheme is not None and site.packed is not None
-        whole = None if site.whole is None else id(site.whole)
-        p = site.packed
-        return cls(site.scheme, p.shape, p.layout, site.layer, site.read_elsewhere, whole, p.strides)
-
-
-class _Group:
-    """The packs of one set of weights, one block of many; in the report of the compiled object that called with them."""
-
-    def __init__(self, weights: Sequence[torch.Tensor], like: Sequence[Sequence[_Linear]], opts: Options) -> None:
-        """like: the units of the graph that the packs are for."""
-        packs: list[torch.Tensor] = []
-        self.entries: list[Entry] = []
-        context, root = dynamo.calling()
-        names, layers, coming = Names(root), [], iter(weights)
-        linears = [linear for unit in like for linear in unit]
-        for weight, linear in zip(weights, linears, strict=True):
-            if tuple(weight.shape) != linear.shape:
-                raise RuntimeError(f"{linear.layer.name}: compiled for {linear.shape}, called with {tuple(weight.shape)}.")
-        STORE.overwritten(weights)
-        self._join(linears, weights)
-        for unit in like:
-            packs += self._pack(unit, [next(coming) for _ in unit]).tensors
-        self.packs = tuple(packs)
-        for weight, linear in zip(weights, linears, strict=True):
-            entry, _, sqnr = STORE.pack(weight, linear.scheme, linear.layout)
-            self.entries.append(entry)
-            name = names.known(weight) or linear.layer.name
-            original = RELEASED if entry.released else KEPT
-            layer = replace(linear.layer, name=name, aliases=names.aliases(weight), sqnr_db=sqnr, original=original)
-            if opts.release_weights:
-                layer = release.let_go(layer, entry, names, opts, linear.read_elsewhere)
-            layers.append(layer)
-        self.refs = tuple(entry.ref for entry in self.entries)
-        self.watch = Watch(self.entries)
-        if context is not None:
-            self.journal = log_of(context, dynamo.backend_of(context), root)
-            self.journal.graphs.append(Report(tuple(layers)))
-            self.journal.entries.update(self.entries)
-
-    def _join(self, linears: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> None:
-        """Packs side by side what lay so in the block that the graph was compiled for."""
-        together: dict[int, list[tuple[_Linear, torch.Tensor]]] = {}
-        for linear, weight in zip(linears, weights, strict=True):
-            if linear.whole is not None:
-                together.setdefault(linear.whole, []).append((linear, weight))
-        self.parts: dict[tuple[int, Scheme, str], Packed] = {}
-        for group in together.values():
-            linear, members = group[0][0], [weight for _, weight in group]
-            found = STORE.parts(members, linear.scheme, linear.layout)
-            for weight, part in zip(members, found, strict=True):
-                self.parts[id(weight), linear.scheme, linear.layout] = part
-
-    def _pack(self, unit: Sequence[_Linear], weights: Sequence[torch.Tensor]) -> Packed:
-        if len(unit) == 1:
-            weight, scheme, layout, strides = weights[0], unit[0].scheme, unit[0].layout, unit[0].strides
-            packed = self.parts.get((id(weight), scheme, layout)) or STORE.pack(weight, scheme, layout)[1]
-            return packed if packed.lies(strides) else STORE.pack(weight, scheme, layout, strides=strides)[1]
-        whole = STORE.pack_together(weights, unit[0].scheme, unit[0].layout, always=True)
-        assert whole is not None
-        return whole
-
-
 class LookedUp:
     """The callable of a graph that serves any weights of its shapes: packs are looked up by the weights of the call."""
 
@@ -173,9 +89,9 @@ class LookedUp:
         """gm: the graph before the rewrite; weights, kept: which of its arguments are looked up, and which are passed on."""
         self.weights, self.kept = tuple(weights), tuple(kept)
         self.pick, self.keep = _picker(weights), _picker(kept)
-        self.like = [[_Linear.of(site) for site in unit] for unit in rewritten.units]
+        self.like = [[Linear.of(site) for site in unit] for unit in rewritten.units]
         self.function, self.opts, self.checked = function, opts, opts.weights == "checked"
-        self.groups: dict[tuple[int, ...], _Group | Compiled] = {}
+        self.groups: dict[tuple[int, ...], Group | Compiled] = {}
         self.gm, self.patches, self.differentiable = gm, patches, rewritten.differentiable
 
     def compiled(self) -> Compiled:
@@ -192,7 +108,7 @@ class LookedUp:
         group = self.groups.get(tuple(map(id, weights)))
         if group is None:
             group = self._add(weights, args, fast)
-        if not isinstance(group, _Group):
+        if not isinstance(group, Group):
             return group(*args)
         if self.checked and group.watch.stale():
             group.watch.update()
@@ -200,11 +116,11 @@ class LookedUp:
             fast.remember(group.refs, group.packs, group.watch.native if self.checked else None)
         return self.function(*group.packs, *self.keep(args))
 
-    def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any], fast: Any) -> _Group | Compiled:
+    def _add(self, weights: Sequence[torch.Tensor], args: Sequence[Any], fast: Any) -> Group | Compiled:
         key = tuple(map(id, weights))
-        group: _Group | Compiled
+        group: Group | Compiled
         try:
-            group = _Group(weights, self.like, self.opts)
+            group = Group(weights, self.like, self.opts)
         except NonFinite as error:
             what = f"a weight of a block whose first one has shape {tuple(weights[0].shape)}"
             if self.opts.on_unsupported == "error":
@@ -233,7 +149,9 @@ class LookedUp:
 
 
 def _drop(groups: dict[tuple[int, ...], Any], fast: Callable[[], Any] | None, key: tuple[int, ...]) -> None:
-    groups.pop(key, None)
+    group = groups.pop(key, None)
+    if isinstance(group, Group):
+        group.forget()
     if fast is not None and (lookup := fast()) is not None:
         lookup.forget(key[0])
 

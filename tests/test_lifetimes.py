@@ -20,6 +20,7 @@ from util import BF16, INT8, Graph, assert_counts, block, compiled, run, sqnr_db
 import aoquant_inductor
 from aoquant_inductor import watch
 from aoquant_inductor.entry import Entry
+from aoquant_inductor.report import Report
 from aoquant_inductor.weights import STORE
 
 
@@ -181,6 +182,21 @@ def test_two_schemes_of_one_module(schemes: tuple[str, str]) -> None:
         with torch.no_grad():
             assert torch.equal(function(x), y)
     assert INT8.name in schemes
+
+
+def test_weights_of_one_call_leave_nothing_in_the_report() -> None:
+    model, x = block(), tokens()
+    function = compiled(model)
+
+    def call() -> int:
+        new = {name: nn.Parameter(torch.randn_like(p)) for name, p in model.named_parameters()}
+        with torch.no_grad():
+            torch.func.functional_call(function, {f"_orig_mod.{name}": p for name, p in new.items()}, (x,))
+        return sum(type(one) is Report for one in gc.get_objects())
+
+    counts = [call() for _ in range(12)]
+    assert counts[-1] <= counts[5] + 1, counts
+    assert_counts(aoquant_inductor.report(function), 1)
 
 
 def test_packs_of_weights_that_were_replaced_go_with_them() -> None:

@@ -187,6 +187,35 @@ def test_a_bias_that_is_broadcast_is_no_bias_of_a_linear(shape: tuple[int, ...])
         assert sqnr_db(y, model(x, bias)) > 30
 
 
+def test_a_nested_activation_is_left() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU()).eval()
+    x = torch.nested.nested_tensor([torch.randn(3, 32), torch.randn(5, 32)], layout=torch.jagged)
+    _, y, report = run(model, x)
+    assert_counts(report, 0, 1, nested=1)
+    with torch.no_grad():
+        assert torch.equal(y.values(), model(x).values())
+
+
+def test_what_has_no_size_yet_is_not_planned() -> None:
+    """A lazy part that no call has reached."""
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(32, 16), nn.LazyLinear(8), nn.LazyBatchNorm1d()
+
+        def forward(self, x: torch.Tensor, full: bool = False) -> torch.Tensor:
+            return self.norm(self.b(self.a(x))) if full else self.a(x)
+
+    model, x = Lazy().eval(), torch.randn(4, 32)
+    assert [layer.name for layer in aoquant_inductor.plan(model).layers] == ["a"]
+    function, _, report = run(model, x)
+    assert_counts(report, 1)
+    with torch.no_grad():
+        model(x, True)
+        function(x, True)
+    assert_counts(aoquant_inductor.report(function), 2)
+
+
 def test_a_weight_of_one_dimension_is_left() -> None:
     class Vector(nn.Module):
         def __init__(self) -> None:
