@@ -122,9 +122,13 @@ def compile_lock() -> Any:
 
 
 def hides_weights() -> bool:
-    """Whether Dynamo gives a backend parameters as attributes of the graph, without their modules: by Inductor's freezing."""
+    """Whether Dynamo gives a backend parameters as attributes of the graph, without their modules: by Inductor's freezing, or
+    its own setting.
+    """
     (is_parameter_freezing,) = private("torch._dynamo.utils", "is_parameter_freezing")
-    return bool(is_parameter_freezing())
+    (config,) = private("torch._dynamo", "config")
+    own = any(getattr(config, name, False) for name in ("prepare_freezing", "install_free_tensors"))
+    return own or bool(is_parameter_freezing())
 
 
 def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None:

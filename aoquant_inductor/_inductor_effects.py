@@ -18,6 +18,9 @@ def differentiates(gm: fx.GraphModule, trains: bool) -> bool:
     """Whether the graph takes gradients itself: torch.func's, tangents among them, and where it enables grad on its own; or, of
     one that `trains`, has what our backward does not know: torch.vmap, inference mode.
     """
+    (forward_ad,) = private("torch.autograd", "forward_ad")
+    if forward_ad._current_level >= 0:  # tangents may come with the inputs
+        return True
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", node.target)
         if name == "_set_grad_enabled" and node.args[:1] == (True,) and not torch.is_grad_enabled():

@@ -58,7 +58,8 @@ def _pipeline(
     if dynamo.hides_weights():
         raise OptionError(
             "Inductor's freezing is on for the whole process (TORCHINDUCTOR_FREEZING, torch._inductor.config.freezing), where "
-            'a backend does not see the weights of linears. Turn it off, or say options={"freezing": True} here.'
+            'a backend does not see the weights of linears. Turn it off, or say options={"freezing": True} here. So it is '
+            "with Dynamo's prepare_freezing and install_free_tensors."
         )
     frame = dynamo.frame()
     names = Names(frame.root)
@@ -73,6 +74,7 @@ def _pipeline(
         for site in sites:
             site.skip("grad", "is in a graph that takes gradients itself (torch.func, torch.enable_grad).")
     journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
+    journal.agree(opts)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts)
     _judge(opts, names, sites, journal)
     if frame.root is not None:
@@ -84,6 +86,7 @@ def _pipeline(
     for site in sites:
         if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")
+            release.trains(site.value)
             warn_once(f"{differentiable}: linears that train stay in full precision, frozen ones are quantized.")
     _pack(sites, others, opts, names, together=differentiable is None)
     journal.pack_seconds += time.perf_counter() - started

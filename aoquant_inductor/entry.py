@@ -180,9 +180,9 @@ class Entry:
         weight, exact = self.ref(), self.copy is not None
         if weight is None or not self.released:
             return True
-        with plain_tensors():
+        with plain_tensors(), torch.inference_mode(weight.is_inference()):  # as it was made: with a version, or without
             if self.copy is not None:
-                weight.data = self.copy.to(weight.device)
+                weight.data = self.copy.to(weight.device, copy=True)
             else:
                 packed, _ = max(self.packs.values(), key=lambda pack: pack[1])
                 weight.data = ops.dequantize(packed.w, packed.scale, packed.zero, *packed.key, weight.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from aoquant_inductor import native, rewrite
+from aoquant_inductor.errors import OptionError
 from aoquant_inductor.names import Names, Other
 from aoquant_inductor.options import Options
 from aoquant_inductor.report import OF_THE_WEIGHT, Layer, Report, by_module, merge, uncalled
@@ -48,6 +49,7 @@ class Log:
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
         self.options: Options | None = None
+        self.told: Options | None = None
         self.others: tuple[Other, ...] = ()  # parameters of the module that no nn.Linear has
         self.hints: list[str] = []  # what the user can do for faster kernels
         self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
@@ -61,6 +63,12 @@ class Log:
         self.compiled.add(tuple(layer.name for layer in graph.layers))
         self.entries.update(entries)
         log.info(graph.summary())
+
+    def agree(self, options: Options) -> None:
+        """Raises OptionError where they are not those of the first graph: torch.compile keeps the dict that it is given."""
+        if self.told is not None and self.told != options:
+            raise OptionError("the dict of options was changed since torch.compile got it, which keeps it: give each its own.")
+        self.told = options
 
     def plan(self, root: nn.Module, names: Names, options: Options) -> None:
         """What there is to be quantized in the module, for what no graph calls."""

@@ -59,7 +59,7 @@ def module(ready: Callable[[], None]) -> Any:
     """The extension module; waits until it is built (seconds, once per machine). Raises RuntimeError where it cannot be."""
     start(ready).join()
     if not _built:
-        raise RuntimeError(_failed[0])
+        raise RuntimeError(_failed[0] if _failed else "its build ended with the process that began it (a fork)")
     return _built[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from aoquant_inductor import _inductor_dynamo as dynamo
@@ -90,17 +91,16 @@ def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], optio
     if not isinstance(weight, torch.Tensor):
         return replace(layer, reason="not_parameter"), None
     size = weight.numel() * weight.element_size()
-    layer = replace(layer, bytes_before=size, bytes_after=size)
     choice = options.choose(names)
-    layer = replace(layer, matched_by=choice.matched_by)
+    layer = replace(layer, bytes_before=size, bytes_after=size, matched_by=choice.matched_by)
     if choice.scheme is None:
         return replace(layer, reason="no_match" if choice.matched_by is None else "user"), None
     layer = replace(layer, scheme=choice.scheme.name)
     if not isinstance(weight, nn.Parameter):
         return replace(layer, reason="not_parameter"), None
     if type(weight) is not nn.Parameter or weight.dtype in (torch.int8, torch.uint8):
-        detail = f"is {weight.dtype} in a {type(weight).__name__}."
-        return replace(layer, reason="dtensor" if _is_distributed(weight) else "already_quantized", detail=detail), None
+        reason, detail = _of_another_kind(weight)
+        return replace(layer, reason=reason, detail=detail), None
     if weight.dim() != 2:
         return replace(layer, reason="not_matrix", detail=f"has {weight.dim()} dimensions."), None
     if weight.numel() == 0:
@@ -131,9 +131,12 @@ def _part(
     return replace(layer, detail="is cut into parts by the graph; only a whole parameter is packed."), scheme
 
 
-def _is_distributed(weight: torch.Tensor) -> bool:
-    """A DTensor, of tensor parallelism or FSDP2; asked by name, since torch.distributed may not be there."""
-    return any(kind.__module__.startswith("torch.distributed") for kind in type(weight).__mro__)
+def _of_another_kind(weight: torch.Tensor) -> tuple[str, str]:
+    """The reason and the detail of what is no plain Parameter; DTensors by name, since torch.distributed may not be there."""
+    if isinstance(weight, FakeTensor):
+        return "ddp_optimizer", "is cut from its graph by Dynamo's DDPOptimizer: set torch._dynamo.config.optimize_ddp = False."
+    distributed = any(kind.__module__.startswith("torch.distributed") for kind in type(weight).__mro__)
+    return "dtensor" if distributed else "already_quantized", f"is {weight.dtype} in a {type(weight).__name__}."
 
 
 @dataclass
@@ -200,8 +203,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
     sites = []
     for node in (node for node in gm.graph.nodes if node.op == "call_function" and node.target in LINEAR):
         bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        x, weight, bias = bound["input"], bound["weight"], bound.get("bias")
-        value = real.get(weight)
+        x, weight, bias, value = bound["input"], bound["weight"], bound.get("bias"), real.get(bound["weight"])
         if (computed := names.of_computed(dynamo.module_name(node))) is not None:
             layer, scheme = _computed(weight.meta["example_value"], computed, options)
         elif (part := _part(weight, real, names, options)) is not None:
@@ -209,8 +211,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
         else:
             known, aliases = _called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
             layer, scheme = decide(value, known, aliases, options)
-        out_dtype = node.meta["example_value"].dtype
-        sites.append(Site(node, x, weight, bias, value, layer, scheme, out_dtype))  # type: ignore[arg-type]
+        sites.append(Site(node, x, weight, bias, value, layer, scheme, node.meta["example_value"].dtype))  # type: ignore[arg-type]
     written = effects.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)

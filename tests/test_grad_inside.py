@@ -72,6 +72,21 @@ def test_gradients_taken_inside_are_there(take: Callable[[Net, torch.Tensor], to
     assert torch.allclose(take(net, x), want), "what Dynamo left behind"
 
 
+def test_tangents_that_come_from_outside_are_not_lost() -> None:
+    """By torch's own words, that Inductor's products have none, or by the tangent itself."""
+    import torch.autograd.forward_ad as forward_ad
+
+    model, x = nn.Linear(32, 32).eval().requires_grad_(False), torch.randn(4, 32)
+    function = torch.compile(model, backend="aoquant")
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.randn(4, 32))
+        try:
+            tangent = forward_ad.unpack_dual(function(dual)).tangent
+        except NotImplementedError:
+            return
+        assert tangent is not None
+
+
 def test_a_transform_that_takes_none_is_quantized() -> None:
     net, x = Net().eval(), tokens(5, 8, FP32)
     function = compiled(Taking(net, lambda net, x: torch.as_tensor(torch.func.vmap(lambda v: net(v))(x))).eval())

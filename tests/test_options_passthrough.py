@@ -101,6 +101,26 @@ def test_a_value_that_inductor_would_refuse_is_an_error(key: str, value: object,
         function(tokens())
 
 
+@pytest.mark.parametrize("name", ["prepare_freezing", "install_free_tensors"])
+def test_dynamos_own_freezing_is_an_error(name: str) -> None:
+    if not hasattr(torch._dynamo.config, name):
+        pytest.skip("another torch's")
+    model = nn.Linear(32, 32).eval()
+    with torch.no_grad(), torch._dynamo.config.patch({name: True}), pytest.raises(OptionError, match="does not see the weights"):
+        torch.compile(model, backend="aoquant")(torch.randn(4, 32))
+
+
+def test_a_dict_of_options_that_changes_is_an_error() -> None:
+    """torch.compile keeps it, and a later graph would be of other schemes than the first."""
+    options = {"default": "int8wo"}
+    function = torch.compile(nn.Linear(32, 32).eval(), backend="aoquant", options=options, dynamic=False)
+    with torch.no_grad():
+        function(torch.randn(4, 32))
+        options["default"] = "int8dq"
+        with pytest.raises(OptionError, match="was changed"):
+            function(torch.randn(5, 32))
+
+
 def test_freezing_for_the_whole_process_is_an_error_and_as_an_option_is_not() -> None:
     import torch._inductor.config as config
 

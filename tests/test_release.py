@@ -122,6 +122,30 @@ def test_training_on_released_weights_is_refused() -> None:
         compiled(model.train())(x)
 
 
+def test_an_evaluation_leaves_what_trains() -> None:
+    """An adapter belongs to its optimizer; the base beside it goes."""
+    model = nn.Sequential(nn.Linear(32, 32).requires_grad_(False), nn.Linear(32, 32))
+    function, x = compiled(model, release_weights=True), torch.randn(4, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        function(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            function(x)
+    originals = {layer.name: layer.original for layer in aoquant_inductor.report(function).layers}
+    assert originals == {"0": "released", "1": "kept: it trains"}
+
+
+@pytest.mark.parametrize("kind", [True, "cpu"])
+def test_weights_made_in_inference_mode_come_back(kind: bool | str) -> None:
+    with torch.inference_mode():
+        model, x = block(), tokens()
+        function, y, _ = released(model, x, release_weights=kind)
+        assert aoquant_inductor.restore(model) == 1
+        assert torch.equal(function(x), y)
+        assert sqnr_db(model(x), y) > 40
+
+
 def test_state_dict_is_the_copy_where_the_user_asked_for_one() -> None:
     model, x = block(), tokens()
     before = model.a.weight.detach().clone()
