@@ -115,6 +115,11 @@ def module_name(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
+def is_fake(value: object) -> bool:
+    (fake,) = private("torch._subclasses.fake_tensor", "FakeTensor")
+    return isinstance(value, fake)
+
+
 def compile_lock() -> Any:
     """Held by Dynamo while it compiles, since what it patches is the process's: by whoever compiles during a call, too."""
     (lock,) = private("torch._dynamo.convert_frame", "compile_lock")

@@ -86,7 +86,7 @@ def _pipeline(
     for site in sites:
         if differentiable and site.scheme is not None and site.value.requires_grad:
             site.skip("grad")
-            release.trains(site.value)
+            STORE.entry(site.value).trains = True
             warn_once(f"{differentiable}: linears that train stay in full precision, frozen ones are quantized.")
     _pack(sites, others, opts, names, together=differentiable is None)
     journal.pack_seconds += time.perf_counter() - started

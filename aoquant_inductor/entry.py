@@ -94,6 +94,7 @@ class Entry:
         self.wholes: dict[PackKey, tuple[Packed, int, tuple[weakref.ref[torch.Tensor], ...]]] = {}
         self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
         self.repacks = 0
+        self.trains = False  # a graph with a backward has read it while it required grad
         self.release: Release | None = None
         self.copy: torch.Tensor | None = None  # of a released weight, if wanted
 

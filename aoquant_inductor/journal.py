@@ -49,7 +49,6 @@ class Log:
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
         self.options: Options | None = None
-        self.told: Options | None = None
         self.others: tuple[Other, ...] = ()  # parameters of the module that no nn.Linear has
         self.hints: list[str] = []  # what the user can do for faster kernels
         self.unmatched: list[str] = []  # keys of `schemes` that name no linear, under on_unmatched="warn"
@@ -65,10 +64,10 @@ class Log:
         log.info(graph.summary())
 
     def agree(self, options: Options) -> None:
-        """Raises OptionError where they are not those of the first graph: torch.compile keeps the dict that it is given."""
-        if self.told is not None and self.told != options:
+        """Raises OptionError where they are not those of the graphs so far: torch.compile keeps the dict that it is given."""
+        if self.compilations and self.options != options:
             raise OptionError("the dict of options was changed since torch.compile got it, which keeps it: give each its own.")
-        self.told = options
+        self.options = options
 
     def plan(self, root: nn.Module, names: Names, options: Options) -> None:
         """What there is to be quantized in the module, for what no graph calls."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from aoquant_inductor import native
 from aoquant_inductor.entry import Entry, Release
@@ -26,7 +25,6 @@ from aoquant_inductor.report import KEPT, RELEASED, Layer
 from aoquant_inductor.weights import STORE
 
 _hooks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_trained = WeakIdKeyDictionary()  # weights that a graph with a backward read while they required grad
 
 
 def require() -> None:
@@ -37,11 +35,6 @@ def require() -> None:
         raise OptionError(
             f'"release_weights" needs a C++ compiler and Python\'s headers: without them a later use would crash. {error}'
         ) from None
-
-
-def trains(weight: torch.Tensor) -> None:
-    """A graph trains this weight, so that an evaluation in between must not take it from its optimizer."""
-    _trained[weight] = True
 
 
 def let_go(layer: Layer, entry: Entry, names: Names, opts: Options, read_elsewhere: bool = False) -> Layer:
@@ -55,7 +48,7 @@ def _original(entry: Entry, how: Release, names: Names, read_elsewhere: bool) ->
     owners = names.owners(weight) if weight is not None else []
     if read_elsewhere:
         return f"{KEPT}: the graph reads it elsewhere, too"
-    if weight is not None and weight in _trained and weight.requires_grad:
+    if weight is not None and entry.trains and weight.requires_grad:  # its optimizer has it between evaluations, too
         return f"{KEPT}: it trains"
     if weight is None or not owners:
         return f"{KEPT}: it is no parameter of the compiled module"

@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from aoquant_inductor import _inductor_dynamo as dynamo
@@ -133,7 +132,7 @@ def _part(
 
 def _of_another_kind(weight: torch.Tensor) -> tuple[str, str]:
     """The reason and the detail of what is no plain Parameter; DTensors by name, since torch.distributed may not be there."""
-    if isinstance(weight, FakeTensor):
+    if dynamo.is_fake(weight):
         return "ddp_optimizer", "is cut from its graph by Dynamo's DDPOptimizer: set torch._dynamo.config.optimize_ddp = False."
     distributed = any(kind.__module__.startswith("torch.distributed") for kind in type(weight).__mro__)
     return "dtensor" if distributed else "already_quantized", f"is {weight.dtype} in a {type(weight).__name__}."

@@ -134,6 +134,33 @@ def test_distributed_parameters_are_refused_by_name(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
 
+def test_weights_that_ddp_hides_say_how_they_are_seen(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("torch.distributed")
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))  # 1 MB of gradients each: several graphs
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    model = Deep()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for cut in (True, False):
+            torch._dynamo.reset()
+            parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1.1).eval()
+            with torch._dynamo.config.patch(optimize_ddp=cut), torch.no_grad():
+                _, _, report = run(parallel, torch.randn(4, 512))
+            reasons = {layer.reason for layer in report.layers}
+            assert ("ddp_optimizer" in reasons and "optimize_ddp = False" in str(report)) if cut else (reasons == {None}), str(report)
+    finally:
+        distributed.destroy_process_group()
+
+
 CACHED = """
 import os, sys, torch
 sys.path[:0] = [{tests!r}]

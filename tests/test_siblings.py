@@ -244,19 +244,20 @@ def test_a_graph_that_trains_over_common_packs_serves_a_block_that_was_packed_fo
         assert model.misses(x, got, "int4wo-32") == []
 
 
+class Pair(nn.Module):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(k, 64, dtype=BF16), nn.Linear(k, 64, dtype=BF16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.q(x) * self.k(x)
+        return y
+
+
 @pytest.mark.parametrize("scheme", ["int8wo", "int8dq"])
 def test_siblings_that_are_called_twice_launch_twice(scheme: str) -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(64, 64, dtype=BF16), nn.Linear(64, 64, dtype=BF16)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for _ in range(3):
-                x = (self.a(x) * self.b(x)).tanh()
-            return x
-
-    model, x = Shared().eval(), tokens(6, 64)
+    pair, x = Pair(64), tokens(6, 64)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (pair, nn.Tanh()))).eval()
     _, y, report = run(model, x, schemes=scheme)
     assert all(layer.siblings for layer in report.layers)
     with torch.no_grad():
@@ -266,16 +267,7 @@ def test_siblings_that_are_called_twice_launch_twice(scheme: str) -> None:
 @pytest.mark.parametrize("release", [False, True])
 def test_a_sibling_of_a_later_block_is_replaced_again_and_again(release: bool) -> None:
     """The other one lies with what is gone each time; its own pack is made of what it has, where its original went."""
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k = nn.Linear(32, 64, dtype=BF16), nn.Linear(32, 64, dtype=BF16)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.q(x) * self.k(x)
-            return y
-
-    blocks, x = [Pair().eval() for _ in range(3)], tokens()
+    blocks, x = [Pair(32).eval() for _ in range(3)], tokens()
     functions = [compiled(one, release_weights=release) for one in blocks]
     q = blocks[1].q.weight.detach().clone()
     with torch.no_grad():

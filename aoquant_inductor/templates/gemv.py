@@ -29,7 +29,7 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 OF_A_WARP = 512  # of K: a thread has 16, so that x moves between none
 
 
-def _adapt(p: Problem, config: Config) -> Config:
+def _adapt(p: Problem, card: Card, config: Config) -> Config:
     """What the rows need, whatever the config says; no more warps than have a part of K, and no more rows of W than stay in
     registers beside those of x.
     """
@@ -48,8 +48,8 @@ def _dynamic_fits(p: Problem, card: Card) -> bool:
     )
 
 
-def _dynamic_adapt(p: Problem, config: Config) -> Config:
-    config = _adapt(p, config)
+def _dynamic_adapt(p: Problem, card: Card, config: Config) -> Config:
+    config = _adapt(p, card, config)
     return config if _split(p, config)[1] == 1 else replace(config, programs=0)  # x_q of several steps is too much to keep
 
 

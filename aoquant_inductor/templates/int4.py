@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor import packing_cuda
+from aoquant_inductor.card import Card
 from aoquant_inductor.problem import Problem
 from aoquant_inductor.templates.kernel import FILL, FILL_TWICE, Config, Kernel
 
@@ -45,7 +46,7 @@ def _one_sum(p: Problem) -> bool:
     return p.groups == 1 or small_groups(p) or float_zeros(p)
 
 
-def _one_sum_adapt(p: Problem, config: Config) -> Config | None:
+def _one_sum_adapt(p: Problem, card: Card, config: Config) -> Config | None:
     return replace(config, extra=()) if p.groups == 1 else config
 
 
@@ -118,7 +119,7 @@ T_ROW = Config(128, 128, 128, 8, 3, tma=True, programs=2)
 T_GROUPS = Config(128, 64, 128, 4, 3, tma=True)
 
 
-def _dynamic_adapt(p: Problem, config: Config) -> Config | None:
+def _dynamic_adapt(p: Problem, card: Card, config: Config) -> Config | None:
     return replace(config, num_warps=8) if _crowded(p) and config.block_m * config.block_n >= 64 * 128 else config
 
 

@@ -30,7 +30,7 @@ def spills_sooner() -> bool:
 FEW = 4  # tokens for which the columns of the tensor core that they leave are parts of K
 
 
-def _gemv_adapt(p: Problem, config: Config) -> Config | None:
+def _gemv_adapt(p: Problem, card: Card, config: Config) -> Config | None:
     n_pad, k_pad = packing_cuda.padded_shape(p.n, p.k)
     m = ir.static(p.m) or FEW + 1
     few = m <= FEW and p.by_tma  # x is then read in words; eight columns of tokens would read it 4 to 16 times as often
@@ -125,7 +125,7 @@ def _fma_fits(p: Problem, card: Card) -> bool:
     return p.layout == "cuda_bf16" and ir.static(p.m) == 1
 
 
-def _fma_adapt(p: Problem, config: Config) -> Config | None:
+def _fma_adapt(p: Problem, card: Card, config: Config) -> Config | None:
     _, k_pad = packing_cuda.padded_shape(p.n, p.k)
     # a scale and a zero for every word of a row: not for so many rows
     crowded = config.block_n > 4 and p.zero is not None and small_groups(p)

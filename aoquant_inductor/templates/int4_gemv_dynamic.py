@@ -25,7 +25,7 @@ def _fits(p: Problem, card: Card) -> bool:
     )
 
 
-def _adapt(p: Problem, config: Config) -> Config | None:
+def _adapt(p: Problem, card: Card, config: Config) -> Config | None:
     """As many rows as there are, and no more warps than have a part of K."""
     k = 1 << (p.k - 1).bit_length()
     warps = min(config.num_warps, max(1, k // int4_few.OF_A_WARP))

@@ -99,7 +99,7 @@ class Default:
 @dataclass(frozen=True)
 class Kernel:
     """template: the stem of its source; kernels may share one. fits: whether it can do a problem at all. configs: what a search
-    tries. keywords: constants by the problem. adapt: a config made right for a problem, or None if it cannot be. Without a
+    tries. keywords: constants by the problem. adapt: a config made right for problem and card, None if it cannot be. Without a
     search the first of `defaults` that covers the problem is taken, or, by `label`, the cheapest of the configs in costs.csv.
     """
 
@@ -107,7 +107,7 @@ class Kernel:
     fits: Callable[[Problem, Card], bool]
     configs: tuple[Config, ...]
     keywords: Callable[[Problem, Config], dict[str, Any]]
-    adapt: Callable[[Problem, Config], Config | None] = lambda p, config: config
+    adapt: Callable[[Problem, Card, Config], Config | None] = lambda p, card, config: config
     defaults: tuple[Default, ...] = ()
     label: str = ""
 
@@ -117,13 +117,11 @@ class Kernel:
             return None
         if wanted.tma and not (card.has_tma and p.by_tma):
             wanted = replace(wanted, tma=False)
-        config = self.adapt(p, wanted)
+        config = self.adapt(p, card, wanted)
         while config is not None and _shared(p, config, card) > card.shared:
             config = replace(config, num_stages=config.num_stages - 1) if config.num_stages > 1 else None
         if config is None:
             return None
-        if card.has_tensor_memory and p.dynamic and p.bits == 8 and config.block_m * config.block_n >= 1 << 14:
-            config = replace(config, num_warps=8)  # the sums of a tile come all at once: by four warps they spill beside a bias
         config = replace(config, programs=config.programs * card.sms, tail=config.tail * card.sms)
         m = ir.most_rows(p.m)
         done = self._tailed(p, config) if config.tail else self._split(p, card, config, m)

@@ -16,7 +16,7 @@ def _words(p: Problem) -> bool:
     return p.layout == "wgmma" and p.x.get_dtype() == torch.bfloat16
 
 
-def _adapt(p: Problem, config: Config) -> Config | None:
+def _adapt(p: Problem, card: Card, config: Config) -> Config | None:
     if config.carried and not _words(p):
         return None  # ptxas 13.5 miscompiled Triton's own conversion, too: wrong on an H100
     # fp32 operands are four times an int8's bytes in shared memory; tl.dot wants at least 32 of K for int8
@@ -28,6 +28,16 @@ def _adapt(p: Problem, config: Config) -> Config | None:
     if p.zero is not None and p.groups == 1:  # the sums of x are not shared by the programs of a tile
         return None if config.tail else replace(config, block_k=block_k, split_k=1)
     return replace(config, block_k=block_k)
+
+
+def _persistent_adapt(p: Problem, card: Card, config: Config) -> Config:
+    # the sums of a tile come all at once from a memory of their own: by four warps they spill beside a bias
+    wide = card.has_tensor_memory and config.block_m * config.block_n >= 1 << 14
+    return replace(config, num_warps=8) if wide else config
+
+
+def _dynamic_adapt(p: Problem, card: Card, config: Config) -> Config | None:
+    return _adapt(p, card, _persistent_adapt(p, card, config))
 
 
 def _keywords(p: Problem, config: Config) -> dict[str, Any]:
@@ -75,7 +85,7 @@ INT8_DYNAMIC = Kernel(
         D256, D512, replace(D512, split_k=FILL), D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True),
         D512_HIGH, replace(D512_HIGH, tail=1),
     ),
-    _keywords, _adapt, label="W8A8",
+    _keywords, _dynamic_adapt, label="W8A8",
 )
 
 # Many rows: 1.7x cuBLAS's bf16 at M = 1024 and 4096 (28672x4096), where a program per tile is 1.5x; 8192^3: 1331 TOP/s.
@@ -84,7 +94,7 @@ PERSISTENT = Kernel(
     "persistent",
     lambda p, card: p.dynamic and p.bits == 8 and p.zero is None and p.by_tma and card.has_tma,
     (P_LARGE, replace(P_LARGE, group_m=4), replace(P_LARGE, group_m=16), Config(128, 256, 128, 8, 4, group_m=16, programs=1)),
-    lambda p, config: {}, label="W8A8 persistent",
+    lambda p, config: {}, _persistent_adapt, label="W8A8 persistent",
 )
 
 # int8 weights on the left, converted to bf16 in registers; the three ways to wait for a dot are in linear.py.jinja.
