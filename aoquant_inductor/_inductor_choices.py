@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from aoquant_inductor._inductor import plain_tensors, private
+from aoquant_inductor._inductor_descriptors import kernel_type
 from aoquant_inductor._inductor_ir import IR, Expr, aten, most_rows, realize
 
 EARLY = 16
@@ -32,7 +33,9 @@ def triton_template(name: str, source: str) -> Any:
             return whole + (tiles - whole) * meta["SPLIT_K"], 1, 1
         return min(tiles, meta["PROGRAMS"]) if meta.get("PROGRAMS") else tiles, meta.get("SPLIT_K", 1), 1
 
-    return template(name=name, grid=symbolic(grid), source=source)
+    made = template(name=name, grid=symbolic(grid), source=source)
+    made.kernel_type = kernel_type()
+    return made
 
 
 def early_launch(device: torch.device, m: Expr) -> bool:

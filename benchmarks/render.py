@@ -158,6 +158,15 @@ def call(rendered: Rendered, name: str, y: torch.Tensor) -> tuple[list[torch.Ten
     return [argument(word) for word in words[:-3]], tuple(int(size) for size in words[-3:])
 
 
+def described(rendered: Rendered, args: Sequence[Any]) -> list[Any]:
+    """`args` of a call, and behind them the descriptors that the kernel's launcher makes of some."""
+    from aoquant_inductor._inductor_launcher import descriptor
+
+    found = re.search(r"^@describing\(\d+, (\[.*\])\)$", rendered.code, re.M)
+    places = ast.literal_eval(found.group(1)) if found else []
+    return [*args, *(descriptor(args[at], columns, block) for at, columns, block in places)]
+
+
 PRELUDE = """import triton
 import triton.language as tl
 from torch._inductor.runtime import triton_helpers

@@ -99,7 +99,8 @@ def _build(problem: Problem, kernel: str, config: Config, folder: Path) -> Built
     function = render.load(name, source, folder)
     y = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device="meta")
     args, grid = render.call(rendered, name, y)
-    function.warmup(*(a.dtype for a in args), grid=grid, **options)
+    kinds = [getattr(a, "dtype", a) for a in render.described(rendered, args)]
+    function.warmup(*kinds, grid=grid, **options)
     path = Path(function.fn.__code__.co_filename)
     return Built(rendered.code, rendered.names, name, path, options, rendered.config or config)
 
@@ -155,13 +156,14 @@ def tune(problem: Problem, built: Sequence[tuple[str, Config, Future[Built | str
             for name, values in exact.items():
                 tensors[name].copy_(values)
             y.fill_(float("nan"))
-            args, grid = render.call(render.Rendered(op, tensors, b.code, b.names), b.name, y)
+            rendered = render.Rendered(op, tensors, b.code, b.names)
+            args, grid = render.call(rendered, b.name, y)
             launch = partial(render.load_file(b.path, b.name)[grid], **b.options)
             wrong = 0
             for _ in range(3):  # on the same counters
-                compiled = launch(*args)
+                compiled = launch(*render.described(rendered, args))
                 wrong += int((y != expected).sum())
-            rotated = [[layer.get(id(a), a) for a in args] for layer in layers]
+            rotated = [render.described(rendered, [layer.get(id(a), a) for a in args]) for layer in layers]
             _randomize(tensors)
             us = _time([partial(launch, *a) for a in rotated], load)
             # int32 to bf16 by way of fp32 rounds twice

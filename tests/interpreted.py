@@ -137,7 +137,7 @@ def launch(r: offline.Rendered, y: torch.Tensor, folder: Path) -> list[torch.Ten
     counters = [arg for arg in args if arg.dtype == torch.int32 and arg.shape == (COUNTERS,)]
     for each in counters:
         each.fill_(LEFT)
-    offline.load(name, source, folder)[grid](*args)
+    offline.load(name, source, folder)[grid](*offline.described(r, args))
     return counters
 
 

@@ -25,9 +25,9 @@ from aoquant_inductor.layouts import Packed
 from aoquant_inductor.scheme import SCHEMES, resolve
 from aoquant_inductor.templates import Config, Kernel, int4_few
 from benchmarks import render as render_module
-from benchmarks.render import Rendered, call, kernel, load
+from benchmarks.render import Rendered, call, described, kernel, load
 
-__all__ = ["assemble", "call", "kernel", "load", "pretended_gpu", "render"]
+__all__ = ["assemble", "call", "described", "kernel", "load", "pretended_gpu", "render"]
 
 FIXED_ROWS = pytest.mark.skipif(not _inductor_reduction._one_row_can_be_fixed(), reason="rows have a config of ours from torch 2.13 on")
 

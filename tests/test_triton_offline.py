@@ -134,7 +134,9 @@ def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str
 def test_x_comes_by_tma_only_where_its_rows_begin_with_16_bytes(start: int, k: int, by_tma: bool) -> None:
     config = (int4.SUMS, Config(64, 64, 128, 4, 3, tma=True))
     rendered = offline.render("int4wo-128", 200, 128, k, torch.bfloat16, config=config, start=start)
-    assert ("make_tensor_descriptor" in rendered.code) == by_tma
+    assert ("x_blocks.load" in rendered.code) == by_tma
+    # the host makes the descriptor of what begins with its memory
+    assert ("@describing(" in rendered.code) == (by_tma and not start)
 
 
 @offline.FIXED_ROWS
