@@ -82,8 +82,7 @@ BY_PTXAS = {
         ("int8wo", 18944, 3584, 256, "256x128x64 swapped carried tma tail split 8"),
         ("int8wo", 5120, 13824, 256, "256x128x64 swapped carried tma split 3"), ("int4wo-128", 5120, 13824, 64, "64x64x128 split 3"),
         # a program for a multiprocessor, or fewer: more stages
-        ("int8wo", 1280, 5120, 256, "128x64x128 swapped carried tma alone split 3"), ("int4wo-128", 1280, 5120, 256, "128x64x128 carried tma alone scaled split 3"),
-        ("int8wo", 4096, 4096, 256, "256x64x64 swapped carried tma alone split 2"),
+        ("int8wo", 1280, 5120, 256, "128x64x128 swapped carried tma alone split 3"), ("int4wo-128", 3840, 1280, 256, "128x64x128 carried tma alone scaled"),
         ("int4wo-32-asym", 3840, 1280, 256, "128x64x128 carried tma alone scaled"), ("int8wo", 6144, 4096, 256, "256x64x64 swapped carried tma alone"),
         # a few tiles more than multiprocessors, in parts beside the others
         ("int4wo-32", 5120, 1280, 256, "128x64x128 carried tma scaled tail split 4"), ("int8wo", 5120, 1280, 256, "128x64x128 swapped carried tma tail split 4"),
@@ -96,9 +95,12 @@ BY_PTXAS = {
         ("int4wo-32", 28672, 4096, 16, "16x64x256 scaled tail split 2"), ("int4wo-128", 9728, 896, 16, "16x64x128"),
         ("int8wo", 5120, 1280, 64, "32x64x128 swapped tail split 4"), ("int8wo", 6144, 4096, 64, "32x64x128 swapped split 2"),
         ("int4wo-128", 5120, 1280, 128, "128x64x128 carried tma alone scaled"),
+        # up to 32 rows of int8, and x by TMA in parts of K
+        ("int8dq", 28672, 4096, 32, "32x64x256 swapped"), ("int8dq-int4w", 28672, 4096, 32, "32x64x256"),
+        ("int8dq-int4w-128", 18944, 3584, 32, "32x64x256"), ("int8dq-int4w-128", 4096, 14336, 256, "128x64x128 tma split 2"),
         # no tiles for every multiprocessor, or some for a second time, and a copy that stays in the cache
         ("int4wo-128", 1280, 5120, 1024, None), ("int4wo-32", 1280, 5120, 1024, None), ("int8wo", 1280, 5120, 1024, None),
-        ("int8wo", 896, 4864, 1024, None), ("int4wo-128", 896, 4864, 1024, None), ("int4wo-32-asym", 896, 4864, 1024, None),
+        ("int8wo", 896, 4864, 1024, None), ("int4wo-32-asym", 896, 4864, 1024, None),
         ("int8wo", 5120, 1280, 1024, None), ("int4wo-128", 5120, 1280, 1024, None), ("int4wo-32", 5120, 1280, 1024, None),
         ("int4wo-128", 3840, 1280, 1024, "128x128x128 carried tma scaled"),
     ],

@@ -180,7 +180,7 @@ class Kernel:
         for base, may in splits.items():
             tiles, steps = base.tiles(m, p.n), base.steps(p.k)
             vain = base.tail and not costs.tail_fits(base.block_m, m, steps, p.dynamic)
-            if vain or not costs.height_fits(base.block_m, m) or self.outdone(p, card, base):
+            if vain or not costs.height_fits(base.block_m, m, p.dynamic) or self.outdone(p, card, base):
                 continue
             for split in costs.SPLITS if may and not base.tail else (1,):
                 fits = costs.splits_fit(split, tiles, base.block_m * base.block_n, base.num_warps, card.sms)

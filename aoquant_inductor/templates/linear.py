@@ -72,6 +72,7 @@ GENERAL = Kernel(
 # int8 x int8 is exact with every ptxas. Large tiles want two programs per multiprocessor: Triton waits for every int32 dot, and
 # only a second program hides that. Few rows: x is the narrow side, and K is split until enough loads are in flight.
 D16 = Config(16, 64, 256, 4, 4, swap=True)
+D32 = replace(D16, block_m=32)
 D64_WIDE = Config(64, 64, 128, 4, 5, swap=True)
 D64 = Config(64, 32, 256, 4, 4)
 D256 = Config(64, 64, 128, 4, 5)
@@ -81,7 +82,7 @@ D_LARGE = Config(128, 128, 128, 4, 3, group_m=16)
 INT8_DYNAMIC = Kernel(
     "linear", lambda p, card: p.dynamic and p.bits == 8 and card.arch >= 90,
     (
-        *(replace(config, split_k=split) for config in (D16, D64_WIDE, D64) for split in (1, FILL, FILL_TWICE)),
+        *(replace(config, split_k=split) for config in (D16, D32, D64_WIDE, D64) for split in (1, FILL, FILL_TWICE)),
         D256, D512, replace(D512, split_k=FILL), D_LARGE, replace(D_LARGE, group_m=8), replace(D_LARGE, swap=True),
         D512_HIGH, replace(D512_HIGH, tail=1),
     ),
