@@ -70,6 +70,22 @@ def test_a_new_ptxas_makes_every_carried_config_right(scheme: str, kernel: Kerne
 
 
 @needs_newer
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "config"),
+    [("int8wo", linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int4wo-32-asym", int4.ONE_SUM, int4.L_CARRIED), ("int4wo-32-asym", int4.ONE_SUM, int4.L128_CARRIED)],
+)
+def test_two_steps_of_k_are_right_and_one_is_no_choice(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
+    """ptxas 13.5 makes one wrong, of int4wo-32-asym with a bias."""
+    assert NEWER is not None
+    config = replace(config, split_k=1)
+    with assembler(NEWER, tmp_path):
+        rendered = offline.render(scheme, 256, 256, 2 * config.block_k, torch.bfloat16, config=(kernel, config))
+        assert hazards(machine_code(rendered, tmp_path)) == []
+        with pytest.raises(Exception, match="CannotRun"):
+            offline.render(scheme, 256, 256, config.block_k, torch.bfloat16, config=(kernel, config))
+
+
+@needs_newer
 @pytest.mark.parametrize(("scheme", "kernel", "config"), [("int8wo", linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int4wo-128", int4.SUMS, int4.L_CARRIED)])
 def test_an_old_ptxas_does_not(scheme: str, kernel: Kernel, config: Config, tmp_path: Path) -> None:
     import triton

@@ -113,7 +113,8 @@ class Kernel:
 
     def config(self, p: Problem, card: Card, wanted: Config) -> Config | None:
         """`wanted` as it can run: FILL resolved, as many stages as the card's shared memory holds; None if it cannot."""
-        if wanted.carried and not card.may_carry:
+        # with a single step of K nothing is carried, and ptxas 13.5 makes some such kernels wrong beside a bias
+        if wanted.carried and (not card.may_carry or wanted.steps(p.k) < 2 * max(1, wanted.split_k)):
             return None
         if wanted.tma and not (card.has_tma and p.by_tma):
             wanted = replace(wanted, tma=False)

@@ -75,7 +75,7 @@ def difference(folder: Path, scheme: str, m: int, n: int, k: int, config: tuple[
         args, grid = render.call(rendered, name, y)
         launch = render.load(name, source, folder)[grid]
         for _ in range(2):  # the second finds the counters as the first left them
-            launch(*args, **options)
+            launch(*render.described(rendered, args), **options)
             wrong += int((y != rendered.expected).sum())
             y.fill_(float("nan"))
     return wrong

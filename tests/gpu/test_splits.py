@@ -80,6 +80,8 @@ def test_a_tail_is_exact(scheme: str, kernel: Kernel, config: Config, tmp_path: 
     ("int8wo", 200, linear.INT8_WEIGHT_ONLY, linear.W_CARRIED), ("int8wo", 16, linear.INT8_WEIGHT_ONLY, linear.W16), ("int8dq", 200, linear.INT8_DYNAMIC, linear.D512),
     ("int8dq", 50, linear.INT8_DYNAMIC, linear.D64), ("int4wo-128", 200, int4.SUMS, int4.L_CARRIED), ("int4wo-128", 50, int4.SUMS, int4.L64),
     ("int8dq-int4w", 200, int4.DYNAMIC_ROW, int4.D256), ("int8dq-int4w-128", 50, int4.DYNAMIC_GROUPS, int4.D_SMALL),
+    ("int8dq", 32, linear.INT8_DYNAMIC, linear.D32), ("int8dq-int4w", 32, int4.DYNAMIC_ROW, int4.D32), ("int8dq-int4w-128", 32, int4.DYNAMIC_GROUPS, int4.G32),
+    ("int8dq-int4w-128", 200, int4.DYNAMIC_GROUPS, int4.T_GROUPS),
 ])
 def test_splits_that_are_no_power_of_two_are_exact(scheme: str, m: int, kernel: Kernel, config: Config, split: int, tmp_path: Path) -> None:
     exact(tmp_path, scheme, m, 1280, 5120, kernel, replace(config, split_k=split))
