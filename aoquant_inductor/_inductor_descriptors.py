@@ -11,7 +11,7 @@ import textwrap
 from typing import Any
 
 from aoquant_inductor._inductor import private
-from aoquant_inductor._inductor_ir import static
+from aoquant_inductor._inductor_ir import product, static
 
 
 @functools.cache
@@ -20,6 +20,13 @@ def kernel_type() -> Any:
     (kernel,) = private("torch._inductor.select_algorithm", "TritonTemplateKernel")
     argument, name_of = private("torch._inductor.codegen.common", "TMADescriptorArg", "ArgName")
     config, virtualized = private("torch._inductor", "config", "virtualized")
+
+    def _by_others() -> bool:
+        """Whether somebody else than our launcher calls the kernel; while a C++ wrapper is tuned its graph has no such flag."""
+        graph = virtualized.V.graph
+        return bool(
+            graph.cpp_wrapper or config.cpp_wrapper or graph.fx_wrapper or config.static_launch_user_defined_triton_kernels
+        )
 
     class Described(kernel):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,13 +37,19 @@ def kernel_type() -> Any:
 
         def described(self, name: str, rows: int, columns: int) -> str:
             """An expression for the descriptor of a dense input (_inductor_ir.by_tma), in blocks of rows x columns."""
-            offset = static(self.named_input_nodes[name].get_layout().offset)
-            if offset != 0 or virtualized.V.graph.cpp_wrapper or config.static_launch_user_defined_triton_kernels:
+            if not self._whole(self.named_input_nodes[name]) or _by_others():
                 size, stride = ", ".join(self.size(name, i) for i in (0, 1)), self.stride(name, 0)
                 return f"tl.make_tensor_descriptor({name}, [{size}], [{stride}, 1], [{rows}, {columns}])"
             self._blocks[name] = rows, columns
             self.args.python_argdefs = self._with_descriptors
             return f"desc_{name}"
+
+        def _whole(self, node: Any) -> bool:
+            """Whether it begins where the memory that the kernel is given does, and all of its rows are elements of that."""
+            graph = virtualized.V.graph
+            base = graph.get_buffer(node.get_name()).get_layout()
+            enough = graph.sizevars.statically_known_geq(product(base.size), product(node.get_size()))
+            return bool(static(node.get_layout().offset) == 0 and base.is_contiguous() and enough)
 
         def _with_descriptors(self) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
             """The launcher (_inductor_launcher) makes them: a caller does not pass them."""

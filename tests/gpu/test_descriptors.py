@@ -38,6 +38,15 @@ def unaligned() -> torch.Tensor:
     return torch.randn(M * K + 1, device="cuda", dtype=BF16)[1:].view(M, K)
 
 
+class Strided(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.as_strided((M, K), (K, 1)))
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize(
     ("first", "later", "described"),
@@ -88,6 +97,17 @@ def test_parts_of_a_buffer_of_the_graph(linear: nn.Linear, scheme: str) -> None:
     code = "".join(codes)
     assert "@describing(" in code and "tl.make_tensor_descriptor(" in code
     assert_counts(aoquant_inductor.report(function), 1, 1)
+
+
+@weight_only
+def test_rows_that_an_input_has_beyond_its_own_elements(linear: nn.Linear) -> None:
+    """What the kernel is given ends before x does."""
+    function = compiled(Strided(linear), "int4wo-128")
+    x = rows(M)
+    with torch.no_grad():
+        want = linear64(x, linear, SCHEMES["int4wo-128"], from_pack(linear.weight, SCHEMES["int4wo-128"]))
+        assert sqnr_db(function(x[: M // 2]), want) >= 45
+    assert_counts(aoquant_inductor.report(function), 1)
 
 
 def test_any_m_has_the_rows_of_its_call(linear: nn.Linear) -> None:
