@@ -151,6 +151,17 @@ def guard_identity(nodes: Sequence[fx.Node], instance: nn.Module | None) -> None
         guards.add(local("self").make_guard(builder.ID_MATCH))
 
 
+def guard_values(nodes: Sequence[fx.Node], holds: Callable[[Any], bool], what: str) -> None:
+    """Recompile unless `holds` is true of what these placeholders are."""
+    (context,) = private("torch._guards", "TracingContext")
+
+    def build(builder: Any, guard: Any) -> None:
+        builder.get_guard_manager(guard).add_lambda_guard(holds, [what], guard.user_stack)
+
+    for node in nodes:
+        context.get().guards_context.dynamo_guards.add(node._dynamo_source.make_guard(build))  # type: ignore[attr-defined]
+
+
 def graphs_left(code: CodeType) -> int:
     """How many graphs Dynamo will compile for this code after the one it is at; what comes later runs eager."""
     (entries,) = private("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")

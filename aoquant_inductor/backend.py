@@ -24,6 +24,7 @@ from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_effects as effects
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
+from aoquant_inductor.decisions import Decisions
 from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
 from aoquant_inductor.journal import Log, log_of
 from aoquant_inductor.names import Names
@@ -91,6 +92,7 @@ def _pipeline(
     _pack(sites, others, opts, names, together=differentiable is None)
     journal.pack_seconds += time.perf_counter() - started
     release.check(gm, example_inputs, [site.node for site in sites if site.packed is not None])
+    _guard_decisions(sites, opts, frame.root)
     if not any(site.packed for site in sites):
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
     else:
@@ -100,6 +102,20 @@ def _pipeline(
     if sites or others:
         _note(Report((*(site.layer for site in sites), *others)), sites, frame, journal)
     return compiled
+
+
+def _guard_decisions(sites: Sequence[Site], opts: Options, root: nn.Module | None) -> None:
+    """This graph is for weights of which the options say the same, and for a weight that could not be packed alone."""
+    failed = [site.weight for site in sites if site.layer.reason in ("non_finite", "out_of_memory")]
+    dynamo.guard_identity(failed, None)
+    if root is None or not opts.schemes:
+        return
+    decisions = Decisions(root, opts)
+    for site in sites:
+        if isinstance(site.value, nn.Parameter) and decisions.vary(site.value):
+            scheme = decisions.of(site.value)
+            same = lambda weight, scheme=scheme: decisions.of(weight) == scheme  # noqa: E731
+            dynamo.guard_values([site.weight], same, f"the scheme of this weight is {scheme and scheme.name}")
 
 
 def _may_be_linear(node: fx.Node) -> bool:
@@ -204,7 +220,9 @@ def _needs_grad(gm: fx.GraphModule, inputs: Sequence[Any], root: nn.Module | Non
     if not torch.is_grad_enabled():
         return None
     floats = [t for t in inputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    if any(t.requires_grad and not isinstance(t, nn.Parameter) for t in floats):
+    # a learned latent or prompt is a Parameter, too, and none of the compiled module's
+    own = {id(parameter) for parameter in root.parameters()} if root is not None else set()
+    if any(t.requires_grad and not (isinstance(t, nn.Parameter) and (root is None or id(t) in own)) for t in floats):
         return "an activation requires grad"
     trainable = [t.requires_grad for t in floats if isinstance(t, nn.Parameter)]
     if root is not None and root.training and any(trainable):

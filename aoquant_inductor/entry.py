@@ -95,6 +95,7 @@ class Entry:
         self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
         self.repacks = 0
         self.trains = False  # a graph with a backward has read it while it required grad
+        self.restored = False  # by the user, after it was let go
         self.release: Release | None = None
         self.copy: torch.Tensor | None = None  # of a released weight, if wanted
 
@@ -187,6 +188,6 @@ class Entry:
             else:
                 packed, _ = max(self.packs.values(), key=lambda pack: pack[1])
                 weight.data = ops.dequantize(packed.w, packed.scale, packed.zero, *packed.key, weight.dtype)
-        self.release = self.copy = None
+        self.release, self.copy, self.restored = None, None, True
         self.accept(weight, stamp_of(weight))
         return exact

@@ -50,6 +50,8 @@ def _original(entry: Entry, how: Release, names: Names, read_elsewhere: bool) ->
         return f"{KEPT}: the graph reads it elsewhere, too"
     if weight is not None and entry.trains and weight.requires_grad:  # its optimizer has it between evaluations, too
         return f"{KEPT}: it trains"
+    if entry.restored:
+        return f"{KEPT}: it was restored"
     if weight is None or not owners:
         return f"{KEPT}: it is no parameter of the compiled module"
     if (alias := names.elsewhere(weight)) is not None:

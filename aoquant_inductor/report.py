@@ -138,12 +138,14 @@ class Report:
 
 
 def merge(reports: Iterable[Report]) -> tuple[Layer, ...]:
-    """One Layer per name; a quantized one wins over a skipped one (a graph may be compiled again for training)."""
+    """One Layer per name; a quantized one wins over a skipped one (a graph may be compiled again for training), unless what its
+    weight became is not finite.
+    """
     merged: dict[str, Layer] = {}
     for report in reports:
         for layer in report.layers:
             old = merged.get(layer.name)
-            if old is None or old.status == SKIPPED or layer.status == QUANTIZED:
+            if old is None or old.status == SKIPPED or layer.status == QUANTIZED or layer.reason == "non_finite":
                 kernels = {k for k in (old and old.kernel, layer.kernel) if k}
                 kernel = ", ".join(sorted({p for k in kernels for p in k.split(", ")})) or None
                 siblings = layer.siblings or (old.siblings if old is not None else ())

@@ -78,8 +78,7 @@ def of_other_ops(gm: fx.GraphModule, inputs: Sequence[object], names: Names, opt
         layer, scheme = decide(value, names.of(value), names.aliases(value), options)
         if scheme is not None and not any(user.target in EMBEDDING for user in node.users):
             op = getattr(next(iter(node.users)).target, "__name__", str(next(iter(node.users)).target))
-            layer = replace(layer, status=SKIPPED, reason="other_op", detail=f"is read by {op}, not by a linear.")
-            found.append(layer)
+            found.append(replace(layer, status=SKIPPED, reason="other_op", detail=f"is read by {op}, not by a linear."))
     return found
 
 
@@ -106,6 +105,8 @@ def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], optio
         return replace(layer, reason="empty", detail="has no elements."), None
     if weight.dtype not in FLOATS:
         return replace(layer, reason="dtype", detail=f"is {weight.dtype}, not bf16, fp16 or fp32."), None
+    if weight.shape[1] > choice.scheme.most_inputs:
+        return replace(layer, reason="overflow", detail="has more inputs than 32 bits hold the sum of, of int8 products."), None
     return replace(layer, status=QUANTIZED), choice.scheme
 
 

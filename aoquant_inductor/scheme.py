@@ -84,6 +84,15 @@ class Scheme:
     pattern: str = "weight_only"
     large_m: str | None = None
 
+    @property
+    def most_inputs(self) -> float:
+        """in_features up to which the sums of integer products have 32 bits, whatever their values; inf without such sums."""
+        if self.activation is None and self.large_m is None:
+            return float("inf")
+        activation = 127 if self.activation is None or self.activation.symmetric else 255
+        weight = 128 if self.large_m is not None else 1 << (self.weight.bits - 1)
+        return (2**31 - 1) // (activation * weight)
+
 
 @dataclass(frozen=True)
 class Family:

@@ -130,7 +130,7 @@ class Store:
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
         """Repack what is stale (or all of it) in place; the number of weights repacked."""
         with self.lock:
-            todo = [e for e in entries if (everything and not e.released) or e.stale()]
+            todo = [e for e in entries if e.packs and ((everything and not e.released) or e.stale())]
             for entry in todo:
                 entry.repack()
             return len(todo)

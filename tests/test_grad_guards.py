@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from util import Block, assert_counts, compiled, tokens
+from util import Block, assert_counts, compiled, sqnr_db, tokens
 
 import aoquant_inductor
 
@@ -81,3 +82,22 @@ def test_what_is_frozen_in_another_graph_counts() -> None:
     function(torch.randn(5, 32)).sum().backward()
     assert model.projector.weight.grad is not None
     assert_counts(aoquant_inductor.report(function), 1, 2, grad=1)
+
+
+def test_a_learned_input_gets_its_gradient() -> None:
+    """A latent, a prompt: a Parameter, and none of the model's."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
+    function, target = compiled(model), torch.randn(4, 64)
+    latent = nn.Parameter(0.1 * torch.randn(4, 64))
+    grads = []
+    for one in (function, model):
+        ((one(latent) - target).square().mean() + 0.01 * latent.square().mean()).backward()
+        grads.append(latent.grad)
+        latent.grad = None
+    assert sqnr_db(*grads) > 60
+    assert_counts(aoquant_inductor.report(function), 0, 2, grad=2)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    function = compiled(frozen)
+    (function(latent) - target).square().mean().backward()
+    assert latent.grad is not None and float(latent.grad.abs().max()) > 0
+    assert_counts(aoquant_inductor.report(function), 2)

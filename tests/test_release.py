@@ -266,3 +266,17 @@ def test_fp32_int4_too() -> None:
     _, y, report = released(model, x, schemes="int4wo-32-asym")
     assert sqnr_db(y, want) > 55
     assert report.totals["bytes_resident"] < 0.32 * 64 * 64 * 4
+
+
+def test_what_was_restored_stays_when_another_graph_packs_it() -> None:
+    model, x = block(), tokens()
+    function, _, _ = released(model, x)
+    with pytest.warns(UserWarning, match="came back dequantized"):
+        aoquant_inductor.restore(model)
+    new = torch.randn_like(model.a.weight)
+    model.load_state_dict({"a.weight": new}, strict=False)
+    with torch.no_grad():
+        function(x)
+        function(tokens(9))  # another graph
+    assert torch.equal(model.a.weight, new)
+    assert aoquant_inductor.report(function).layers[0].original == "kept: it was restored"

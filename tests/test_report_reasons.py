@@ -230,3 +230,13 @@ def test_a_weight_of_one_dimension_is_left() -> None:
     assert_counts(report, 1, 2, not_matrix=1)
     with torch.no_grad():
         assert sqnr_db(y, model(x)) > 30
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("int8dq", 132104), ("int8dq-asymact", 65793)])
+def test_sums_that_may_not_fit_32_bits_are_left(scheme: str, most: int) -> None:
+    for k in (most, most + 1):
+        model, x = nn.Linear(k, 4, bias=False).eval(), torch.ones(2, k)
+        nn.init.ones_(model.weight)
+        _, y, report = run(model, x, schemes=scheme)
+        assert_counts(report, int(k == most), 1, **({"overflow": 1} if k > most else {}))
+        assert torch.allclose(y, torch.full_like(y, k), rtol=1e-5)
