@@ -92,8 +92,8 @@ def _pipeline(
     _pack(sites, others, opts, names, together=differentiable is None)
     journal.pack_seconds += time.perf_counter() - started
     release.check(gm, example_inputs, [site.node for site in sites if site.packed is not None])
-    _guard_decisions(sites, opts, frame.root)
     if not any(site.packed for site in sites):
+        _guard_decisions(sites, opts, frame.root)
         compiled: Compiled = _inductor.compile_graph(gm, example_inputs, patches)
     else:
         with torch.set_grad_enabled(differentiable is not None):
@@ -105,7 +105,7 @@ def _pipeline(
 
 
 def _guard_decisions(sites: Sequence[Site], opts: Options, root: nn.Module | None) -> None:
-    """This graph is for weights of which the options say the same, and for a weight that could not be packed alone."""
+    """Of a graph for any weights: those of which the options say the same. What could not be packed has it for itself."""
     failed = [site.weight for site in sites if site.layer.reason in ("non_finite", "out_of_memory")]
     dynamo.guard_identity(failed, None)
     if root is None or not opts.schemes:
@@ -180,6 +180,7 @@ def _compile(
         if site.packed is not None:
             journal.hint(lowering.hint(site.value.device, site.packed.layout, site.out_dtype))
     if not is_constant:
+        _guard_decisions(sites, opts, frame.root)
         weights = [place[site.weight] for site in rewritten.sites]
         plain = _inductor.copy_graph(gm)[0]
         return LookedUp(plain, function, rewritten, weights, kept, opts, patches).compiled()

@@ -47,7 +47,7 @@ class Log:
         self.entries: weakref.WeakSet[Any] = weakref.WeakSet()  # entry.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
-        self.planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those no graph calls
+        self.names: set[str] = set()  # of every nn.Linear that the module had at a compile
         self.options: Options | None = None
         self.others: tuple[Other, ...] = ()  # parameters of the module that no nn.Linear has
         self.hints: list[str] = []  # what the user can do for faster kernels
@@ -70,8 +70,8 @@ class Log:
         self.options = options
 
     def plan(self, root: nn.Module, names: Names, options: Options) -> None:
-        """What there is to be quantized in the module, for what no graph calls."""
-        self.planned = tuple(layer for _, layer, _ in rewrite.plan(root, names, options))
+        """What there is to be quantized in the module."""
+        self.names.update(names.linears)
         self.others, self.options = tuple(names.others), options
 
     def hint(self, text: str | None) -> None:
@@ -91,18 +91,23 @@ class Log:
 
         return note
 
-    def _as_they_are(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        """Without the packs of weights that since became what is not quantized: another dtype, computed, a tensor."""
-        root = None if self.root is None else self.root()
-        if root is None or self.options is None:
-            return layers
-        now = {layer.name: layer for _, layer, _ in rewrite.plan(root, Names(root), self.options)}
-        return tuple(now[one.name] if one.name in now and now[one.name].reason in OF_THE_WEIGHT else one for one in layers)
+    def _as_they_are(self, layers: Sequence[Layer], now: Mapping[str, Layer]) -> tuple[Layer, ...]:
+        """Without the linears that the module has no more, nor the packs of weights that since became what is not quantized:
+        another dtype, computed, a tensor.
+        """
+        gone = self.names - {name for layer in now.values() for name in (layer.name, *layer.aliases)}
+        left = [one for one in layers if one.name not in gone]
+        return tuple(now[one.name] if one.name in now and now[one.name].reason in OF_THE_WEIGHT else one for one in left)
 
     def report(self) -> Report:
-        layers = self._as_they_are(merge(self.graphs))
+        layers: tuple[Layer, ...] = merge(self.graphs)
+        planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those that no graph calls
+        root = None if self.root is None else self.root()
+        if root is not None and self.options is not None:
+            planned = tuple(layer for _, layer, _ in rewrite.plan(root, Names(root), self.options))
+            layers = self._as_they_are(layers, {layer.name: layer for layer in planned})
         called = {name for layer in layers for name in (layer.name, *layer.aliases)}
-        layers += tuple(uncalled(layer) for layer in self.planned if layer.name not in called)
+        layers += tuple(uncalled(layer) for layer in planned if layer.name not in called)
         # F.linear may read a module's own parameter: then it is a layer
         others = by_module(other for other in self.others if other.name not in called)
         return Report(

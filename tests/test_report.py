@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from util import Graph, Two, assert_counts, block, compiled, run, tokens
 
 import aoquant_inductor
@@ -179,3 +180,27 @@ def test_what_wants_a_module_says_so(name: str) -> None:
     for wrong in (None, 3, torch.relu):
         with pytest.raises(TypeError, match=rf"{name}\(\) wants a module, not {type(wrong).__name__}"):
             getattr(aoquant_inductor, name)(wrong, **more)
+
+
+def test_linears_that_the_module_has_no_more_are_gone() -> None:
+    """An adapter wrapped around one, as LoRA's; one taken out."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.down, self.up = base, nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x) + self.up(self.down(x))
+
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)).eval(), torch.randn(4, 32)
+    function = compiled(model)
+    with torch.no_grad():
+        function(x)
+        assert_counts(aoquant_inductor.report(function), 3)
+        model[0], model[2] = Wrapper(model[0]), nn.Identity()
+        assert aoquant_inductor.report(function).totals["reasons"] == {"not_called": 3}
+        function(x)
+    report = aoquant_inductor.report(function)
+    assert_counts(report, 4)
+    assert {layer.name for layer in report.layers} == {"0.base_layer", "0.down", "0.up", "1"}
