@@ -115,6 +115,7 @@ class Log:
             {
                 "graphs": self.compilations,
                 "recompiles": self.compilations - len(self.compiled),
+                "repacks": sum(entry.repacks for entry in self.entries),  # of weights that changed between calls
                 "pack_seconds": round(self.pack_seconds, 3),
                 "compile_seconds": round(self.compile_seconds, 3),
                 "staleness_check": native.state(),

@@ -258,6 +258,7 @@ def test_five_hot_swaps_of_an_adapter_and_a_merge(graphs: list[Graph]) -> None:
         model.up.weight.zero_()
         assert sqnr_db(function(x), model.reference(x)) > 40
         assert (entry.repacks, STORE.packed) == (1, packed + 1)
+    assert aoquant_inductor.report(function).totals["repacks"] == 1
     assert all(graph.packs for graph in graphs)
 
 
