@@ -3,9 +3,10 @@
 One compiled graph may serve many modules: Dynamo compiles a block once for all its equals. The first weights that a code
 object is seen with become constants of its graph, guarded by identity; when other weights come to the same code, a second
 graph takes its packs as inputs and looks them up by the weights of each call. So a model compiled whole pays nothing for its
-weights per call, and any number of equal blocks costs two compilations. Measured (EPYC, one thread, 32 blocks of 7 linears
-compiled one by one, torch 2.13, cold caches): 19 s against plain Inductor's 12 to 14, of which the second graph is 0.9; then 50
-us per call of a block, as constants or looked up, against bf16's 205.
+weights per call, and any number of equal blocks costs two compilations, and one for each further way in which the options
+decide their weights (decisions.py). Measured (EPYC, one thread, 32 blocks of 7 linears compiled one by one, torch 2.13, cold
+caches): 19 s against plain Inductor's 12 to 14, of which the second graph is 0.9; then 50 us per call of a block, as constants
+or looked up, against bf16's 205.
 """
 
 from __future__ import annotations

@@ -114,16 +114,17 @@ def _operands(
 
 def render(
     scheme: Any, m: int, n: int, k: int, dtype: torch.dtype, bias: bool = True, arch: int = 90,
-    config: tuple[Kernel, Config] | None = None, quantizing: bool = False, start: int = 0, sms: int = 132,
+    config: tuple[Kernel, Config] | None = None, quantizing: bool = False,
+    x: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None, sms: int = 132,
 ) -> Rendered:
     """One linear with real CPU operands and the reference's result; `config`: the kernel and config to take, not the default;
-    `quantizing`: its x is not quantized yet; `start`: where x begins in its storage, in elements; `sms`: multiprocessors.
+    `quantizing`: its x is not quantized yet; `x`: what the graph is given, and what makes x[M, K] of it; `sms`: multiprocessors.
     """
     with pretended_gpu(arch):
         call, tensors, _ = _operands(scheme, m, n, k, dtype, bias, quantizing)
-    if start:
-        of_x, tensors["x"] = call, torch.cat([torch.zeros(start, dtype=dtype), tensors["x"].flatten()])
-        call = lambda t: of_x(t | {"x": t["x"].as_strided((m, k), (k, 1), start)})  # noqa: E731
+    if x is not None:
+        of_x, (tensors["x"], view) = call, x
+        call = lambda t: of_x(t | {"x": view(t["x"])})  # noqa: E731
     with pretended_gpu(arch, sms):
         return render_module.render(call, tensors, config)
 

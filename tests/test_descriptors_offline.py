@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,6 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner, DebugAut
 
 from aoquant_inductor import _inductor_launcher
 from aoquant_inductor.templates import Config, int4, linear
-from benchmarks import render
 
 M, N, K = 256, 128, 1024
 CONFIG = (int4.SUMS, Config(64, 64, 128, 4, 3, tma=True))
@@ -31,11 +29,7 @@ def rows(count: int, columns: int = K) -> torch.Tensor:
 
 
 def rendered(x: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> offline.Rendered:
-    with offline.pretended_gpu():
-        call, tensors, _ = offline._operands("int4wo-128", M, N, K, BF16, False)
-    tensors["x"] = x
-    with offline.pretended_gpu():
-        return render.render(lambda t: call(t | {"x": view(t["x"])}), tensors, CONFIG)
+    return offline.render("int4wo-128", M, N, K, BF16, bias=False, config=CONFIG, x=(x, view))
 
 
 def by_the_host(code: str) -> bool:
@@ -130,6 +124,6 @@ def test_what_prints_a_launch_has_a_value_for_every_name() -> None:
     assert tuple(grid) == (8, 2, 1)
 
 
-def test_both_sides_of_many_rows_of_int8_are_described(tmp_path: Path) -> None:
+def test_both_sides_of_many_rows_of_int8_are_described() -> None:
     code = offline.render("int8dq", 1024, 256, K, BF16, config=(linear.PERSISTENT, linear.P_LARGE)).code
     assert re.search(r"@describing\(\d+, \[\(\d+, 1024, \(128, 128\)\), \(\d+, 1024, \(128, 128\)\)\]\)", code)

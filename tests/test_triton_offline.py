@@ -132,8 +132,8 @@ def test_quantized_once_in_the_producer_and_all_else_in_the_epilogue(scheme: str
 
 @pytest.mark.parametrize(("start", "k", "by_tma"), [(0, 1024, True), (8, 1024, True), (1, 1024, False), (0, 1020, False)])
 def test_x_comes_by_tma_only_where_its_rows_begin_with_16_bytes(start: int, k: int, by_tma: bool) -> None:
-    config = (int4.SUMS, Config(64, 64, 128, 4, 3, tma=True))
-    rendered = offline.render("int4wo-128", 200, 128, k, torch.bfloat16, config=config, start=start)
+    config, rows = (int4.SUMS, Config(64, 64, 128, 4, 3, tma=True)), torch.randn(start + 200 * k).bfloat16()
+    rendered = offline.render("int4wo-128", 200, 128, k, torch.bfloat16, config=config, x=(rows, lambda x: x.as_strided((200, k), (k, 1), start)))
     assert ("x_blocks.load" in rendered.code) == by_tma
     # the host makes the descriptor of what begins with its memory
     assert ("@describing(" in rendered.code) == (by_tma and not start)
