@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,13 @@ def debug_folder() -> Path | None:
     return folder
 
 
+def counters() -> Counter[str]:
+    """What Inductor counts in this process. A graph that comes from its cache counts once more what its compile counted."""
+    (dynamo,) = private("torch._dynamo.utils", "counters")
+    found: Counter[str] = dynamo["inductor"]
+    return found
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells its storage from every other one, as long as it is referred to, if only weakly."""
     return int(tensor.untyped_storage()._cdata)
@@ -224,12 +232,15 @@ def memory_is_shared(tensor: torch.Tensor) -> bool:
         return use_count(storage._cdata), sys.getrefcount(storage)
 
     # versions of torch differ in what a Python storage adds to the counts: compare with a tensor that is certainly alone
-    mine, alone = holders(tensor), holders(torch.empty(1))
+    mine, alone = holders(tensor), holders(torch.empty(1, device="cpu"))
     return mine[0] > alone[0] or mine[1] > alone[1]
 
 
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Tensors made here are ordinary ones whatever mode the user's call is in: they are updated in place later."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    """Tensors made here are ordinary ones whatever mode the user's call is in: they are updated in place later, and lie where
+    they are told to whatever the default device is.
+    """
+    (no_modes,) = private("torch._C", "DisableTorchFunction")
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), no_modes():
         yield

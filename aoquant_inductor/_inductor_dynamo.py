@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -22,6 +24,7 @@ class Frame:
     root: nn.Module | None  # the compiled module: names are relative to it
     code: CodeType
     local_self: nn.Module | None
+    partial: bool  # a function with graph breaks, of which this is one graph: what the others have is not known
 
 
 def _module_of(function: object) -> nn.Module | None:
@@ -38,24 +41,34 @@ def _module_of(function: object) -> nn.Module | None:
     return None
 
 
-def calling() -> tuple[object, nn.Module | None]:
-    """(context, root) of the innermost torch.compile call on this thread's stack; (None, None) outside of one."""
+def _called() -> tuple[object, object]:
+    """(context, function) of the innermost torch.compile call on this thread's stack; (None, None) outside of one."""
     caller: FrameType | None = sys._getframe()
     while caller is not None:
         if caller.f_code.co_name == "compile_wrapper" and caller.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-            return caller.f_locals.get("self"), _module_of(caller.f_locals.get("fn"))
+            return caller.f_locals.get("self"), caller.f_locals.get("fn")
         caller = caller.f_back
     return None, None
+
+
+def calling() -> tuple[object, nn.Module | None]:
+    """(context, root) of the innermost torch.compile call on this thread's stack; (None, None) outside of one."""
+    context, function = _called()
+    return context, _module_of(function)
 
 
 def frame() -> Frame:
     """The torch.compile call whose graph a backend is given, and the frame that was traced for it."""
     (translator,) = private("torch._dynamo.symbolic_convert", "InstructionTranslator")
-    root_tx = translator.current_tx().output.root_tx
-    local_self = root_tx.f_locals.get("self")
+    output = translator.current_tx().output
+    code, local_self = output.root_tx.f_code, output.root_tx.f_locals.get("self")
     local_self = local_self if isinstance(local_self, nn.Module) else None
-    context, root = calling()
-    return Frame(context or root_tx.f_code, root if root is not None else local_self, root_tx.f_code, local_self)
+    context, function = _called()
+    root = _module_of(function)
+    own = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    broken = getattr(getattr(output, "compile_subgraph_reason", None), "graph_break", False)
+    partial = root is None and (broken or own not in (None, code))
+    return Frame(context or code, root if root is not None else local_self, code, local_self, partial)
 
 
 def context_of(compiled: object) -> object | None:
@@ -120,10 +133,20 @@ def is_fake(value: object) -> bool:
     return isinstance(value, fake)
 
 
-def compile_lock() -> Any:
-    """Held by Dynamo while it compiles, since what it patches is the process's: by whoever compiles during a call, too."""
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """For what compiles during a call, as Dynamo does it: under its lock, since what it patches is the process's, and without
+    the modes of the call, a default device say, which are not the graph's.
+    """
     (lock,) = private("torch._dynamo.convert_frame", "compile_lock")
-    return lock
+    modes, put = private("torch._dynamo.utils", "get_torch_function_mode_stack", "set_torch_function_mode_stack")
+    with lock:
+        found = modes()
+        put([])
+        try:
+            yield
+        finally:
+            put(found)
 
 
 def hides_weights() -> bool:

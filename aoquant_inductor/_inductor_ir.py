@@ -114,7 +114,7 @@ def cpp_template(
     (threads,) = private("torch._inductor.utils", "parallel_num_threads")
     (index_text,) = private("torch._inductor.codegen.cpp_utils", "cexpr_index")
     rows = static(m)
-    numbers = torch.tensor([*sizes, *([] if rows is None else [rows])], dtype=torch.int64)
+    numbers = torch.tensor([*sizes, *([] if rows is None else [rows])], dtype=torch.int64, device="cpu")
     inputs = inputs | {"sizes": virtualized.V.graph.add_tensor_constant(numbers)}
     present = {key: realize(node) for key, node in inputs.items() if node is not None}
     names = {key: ir.ExternKernel.realize_input(node) for key, node in present.items()}

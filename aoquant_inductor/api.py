@@ -89,7 +89,8 @@ def load(
 
     Raises CheckpointError, before anything is moved, for a file that is no whole safetensors file, a tensor that is missing
     or has another shape, or a buffer that no file holds; and what parse and plan raise for options. Nothing of a file is ever
-    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums. TypeError for what is no module.
+    executed. A changed byte inside a tensor is not noticed: safetensors keeps no checksums. FileNotFoundError for a file
+    that is not there, TypeError for what is no module.
     """
     from aoquant_inductor import loading
 
@@ -104,7 +105,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     Raises what the compile would raise: OptionError, UnmatchedPattern, NothingQuantized, ConflictingSchemes; TypeError for
     anything but a module.
     """
-    from aoquant_inductor import packing, rewrite
+    from aoquant_inductor import eligible, packing
     from aoquant_inductor.errors import NothingQuantized
     from aoquant_inductor.names import Names
     from aoquant_inductor.options import parse
@@ -115,7 +116,7 @@ def plan(model: nn.Module, options: Mapping[str, Any] | None = None, mode: str |
     names = Names(model)
     opts.check(names.linears, names.matrices)
     layers = []
-    for weight, layer, scheme in rewrite.plan(model, names, opts):
+    for weight, layer, scheme in eligible.plan(model, names, opts):
         if scheme is not None:
             layer = replace(layer, bytes_after=packing.packed_bytes(weight.shape, weight.dtype, scheme))
         layers.append(layer)

@@ -24,7 +24,8 @@ def encoder_layer(
     scale_2: torch.Tensor, shift_2: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor, down: torch.Tensor,
     down_bias: torch.Tensor, mask: torch.Tensor | None = None, mask_type: int | None = None,
 ) -> torch.Tensor:
-    """What torch._transformer_encoder_layer_fwd computes of x[B, L, width]: nn.TransformerEncoderLayer without grad.
+    """What torch._transformer_encoder_layer_fwd computes of x[B, L, width]: nn.TransformerEncoderLayer without grad. But for a
+    row that is all padding: it looks at nothing, as it does with grad, and is not NaN.
 
     mask: what not to look at is True, or not 0, since that op adds no mask of floats; of type 0 [L, L], 1 [B, L], 2 [B, heads,
     L, L].

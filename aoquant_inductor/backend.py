@@ -77,8 +77,8 @@ def _pipeline(
             site.skip("grad", "is in a graph that takes gradients itself (torch.func, torch.enable_grad).")
     journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
     journal.agree(opts)
-    others = rewrite.of_other_ops(gm, example_inputs, names, opts)
-    _judge(opts, names, sites, journal)
+    others = rewrite.of_other_ops(gm, example_inputs, names, opts, sites)
+    _judge(opts, names, sites, journal, frame.partial)
     if frame.root is not None:
         journal.plan(frame.root, names, opts)
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
@@ -197,9 +197,16 @@ def _compile(
     return constant(function, rewritten, opts.weights == "checked", journal)
 
 
-def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log) -> None:
-    """Patterns that name nothing, and options under which nothing can be quantized: judged over the whole module."""
+def _judge(opts: Options, names: Names, sites: Sequence[Site], journal: Log, partial: bool) -> None:
+    """Patterns that name nothing, and options under which nothing can be quantized: judged over the whole module.
+
+    partial: of a function with graph breaks this is one graph. The report has the patterns that name nothing in all so far.
+    """
     known = list(dict.fromkeys([*names.linears, *(site.layer.name for site in sites)]))
+    if partial:
+        journal.heard.update([*known, *names.matrices])
+        journal.unmatched = opts.unmatched(journal.heard)
+        return
     opts.check(known, names.matrices)
     journal.unmatched = opts.unmatched([*known, *names.matrices])
     if known and not any(opts.choose([name]).scheme for name in known):

@@ -45,16 +45,22 @@ def stamp_of(weight: torch.Tensor) -> Stamp:
     return Stamp(UNTRACKED if weight.is_inference() else weight._version, pointer, storage_id(weight))
 
 
+def form_of(weight: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """How a weight reads its storage: guards of Dynamo's, so that no call asks for it, but two graphs may have one each."""
+    return weight.dtype, weight.stride()
+
+
 def digest_of(weight: torch.Tensor) -> torch.Tensor:
-    """An int64 that other values have another of, whatever wrote them; reads the whole weight."""
+    """int64[2] that other values have others of, whatever wrote them; reads the whole weight."""
     with plain_tensors():
         rows = weight.detach().contiguous()
         for word in (torch.int64, torch.int32, torch.int16, torch.int8):
             if all(places * rows.itemsize % word.itemsize == 0 for places in (rows.shape[1], rows.storage_offset())):
-                sums = rows.view(word).sum(1, dtype=torch.int64)
+                words = rows.view(word)
                 break
-        # odd factors: rows that change places change the sum, too
-        return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+        # odd factors: rows that change places change the first, columns the second
+        sums = [words.sum(across, dtype=torch.int64) for across in (1, 0)]
+        return torch.stack([(each * torch.arange(1, 2 * len(each), 2, device=each.device)).sum() for each in sums])
 
 
 def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
@@ -87,7 +93,7 @@ class Entry:
         key, drop = id(weight), keeper.drop
         self.ref = weakref.ref(weight, lambda ref: drop(key, ref))
         self.turn = keeper.turn
-        self.stamp, self.storage = stamp_of(weight), StorageWeakRef(weight.untyped_storage())
+        self.stamp, self.storage, self.form = stamp_of(weight), StorageWeakRef(weight.untyped_storage()), form_of(weight)
         self.digest: torch.Tensor | None = None  # of the values that were packed; None: not asked for
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         # what a pack is a part of, which, and of whose weights the others are
@@ -107,7 +113,7 @@ class Entry:
 
     def stale(self) -> bool:
         weight = self.ref()
-        if weight is None or stamp_of(weight) == self.stamp:
+        if weight is None or (stamp_of(weight) == self.stamp and form_of(weight) == self.form):
             return False
         if self.released:  # a write that failed counts as a version, too
             self.accept(weight, stamp_of(weight))
@@ -116,7 +122,7 @@ class Entry:
 
     def accept(self, weight: torch.Tensor, stamp: Stamp) -> None:
         """The packs are of the weight as it was when it had this stamp."""
-        self.stamp, self.storage = stamp, StorageWeakRef(weight.untyped_storage())
+        self.stamp, self.storage, self.form = stamp, StorageWeakRef(weight.untyped_storage()), form_of(weight)
         self.digest = digest_of(weight) if stamp.pointer else None
         self.turn()
 
@@ -129,7 +135,7 @@ class Entry:
     def overwritten(self) -> bool:
         """Whether the stamp is that of the packs and the values are not; then it is stale from now on. Reads them all."""
         weight = self.ref()
-        if weight is None or self.digest is None or self.stale() or bool(digest_of(weight) == self.digest):
+        if weight is None or self.digest is None or self.stale() or torch.equal(digest_of(weight), self.digest):
             return False
         self.stamp = self.stamp._replace(pointer=0)
         self.turn()

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from aoquant_inductor import native, rewrite
+from aoquant_inductor import eligible, native
 from aoquant_inductor.errors import OptionError
 from aoquant_inductor.names import Names, Other
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import OF_THE_WEIGHT, Layer, Report, by_module, merge, uncalled
+from aoquant_inductor.report import OF_THE_WEIGHT, QUANTIZED, RELEASED, RESTORED, Layer, Report, by_module, merge, uncalled
 
 log = logging.getLogger("aoquant_inductor")
 
@@ -47,6 +47,7 @@ class Log:
         self.entries: weakref.WeakSet[Any] = weakref.WeakSet()  # entry.Entry of every pack its graphs hold, for refresh()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
+        self.heard: set[str] = set()  # names in the graphs of a function with graph breaks
         self.names: set[str] = set()  # of every nn.Linear that the module had at a compile
         self.options: Options | None = None
         self.others: tuple[Other, ...] = ()  # parameters of the module that no nn.Linear has
@@ -93,19 +94,36 @@ class Log:
 
     def _as_they_are(self, layers: Sequence[Layer], now: Mapping[str, Layer]) -> tuple[Layer, ...]:
         """Without the linears that the module has no more, nor the packs of weights that since became what is not quantized:
-        another dtype, computed, a tensor.
+        another dtype, computed, a tensor. With the size of the others as it is.
         """
         gone = self.names - {name for layer in now.values() for name in (layer.name, *layer.aliases)}
         left = [one for one in layers if one.name not in gone]
-        return tuple(now[one.name] if one.name in now and now[one.name].reason in OF_THE_WEIGHT else one for one in left)
+        sized = [replace(one, bytes_before=now[one.name].bytes_before) if one.name in now else one for one in left]
+        return tuple(now[one.name] if one.name in now and now[one.name].reason in OF_THE_WEIGHT else one for one in sized)
+
+    def _as_packed(self, layers: Sequence[Layer], names: Names) -> tuple[Layer, ...]:
+        """With what became of their packs and originals since: packed again, restored, released by another compile."""
+        known = ((entry, entry.ref()) for entry in self.entries)
+        entries = {names.known(weight): entry for entry, weight in known if weight is not None}
+
+        def now(layer: Layer) -> Layer:
+            entry = entries.get(layer.name)
+            if entry is None or layer.status != QUANTIZED:
+                return layer
+            sqnrs = (sqnr for (scheme, *_), (_, sqnr) in entry.packs.items() if scheme.name == layer.scheme)
+            kept = RESTORED if entry.restored and layer.original == RELEASED else layer.original
+            return replace(layer, sqnr_db=next(sqnrs, layer.sqnr_db), original=RELEASED if entry.released else kept)
+
+        return tuple(map(now, layers))
 
     def report(self) -> Report:
         layers: tuple[Layer, ...] = merge(self.graphs)
         planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those that no graph calls
         root = None if self.root is None else self.root()
         if root is not None and self.options is not None:
-            planned = tuple(layer for _, layer, _ in rewrite.plan(root, Names(root), self.options))
-            layers = self._as_they_are(layers, {layer.name: layer for layer in planned})
+            names = Names(root)
+            planned = tuple(layer for _, layer, _ in eligible.plan(root, names, self.options))
+            layers = self._as_packed(self._as_they_are(layers, {layer.name: layer for layer in planned}), names)
         called = {name for layer in layers for name in (layer.name, *layer.aliases)}
         layers += tuple(uncalled(layer) for layer in planned if layer.name not in called)
         # F.linear may read a module's own parameter: then it is a layer
@@ -115,7 +133,7 @@ class Log:
             {
                 "graphs": self.compilations,
                 "recompiles": self.compilations - len(self.compiled),
-                "repacks": sum(entry.repacks for entry in self.entries),  # of weights that changed between calls
+                "repacks": sum(entry.repacks for entry in self.entries),  # of the weights that its graphs hold now
                 "pack_seconds": round(self.pack_seconds, 3),
                 "compile_seconds": round(self.compile_seconds, 3),
                 "staleness_check": native.state(),

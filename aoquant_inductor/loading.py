@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from aoquant_inductor import eligible, packing, progress, qparams, release
 from aoquant_inductor import options as options_module
-from aoquant_inductor import packing, progress, qparams, release, rewrite
 from aoquant_inductor.entry import Entry
 from aoquant_inductor.errors import CheckpointError, NothingQuantized
 from aoquant_inductor.names import Names
@@ -110,7 +110,7 @@ def _decide(tensor: torch.Tensor, names: Names, opts: options_module.Options) ->
     """What becomes of a linear's weight; None for any other tensor."""
     if not any(isinstance(module, nn.Linear) and module.weight is tensor for module in names.owners(tensor)):
         return None
-    return rewrite.decide(tensor, names.of(tensor), names.aliases(tensor), opts)
+    return eligible.decide(tensor, names.of(tensor), names.aliases(tensor), opts)
 
 
 def _pack(weight: torch.Tensor, layer: Layer, scheme: Scheme | None) -> tuple[Layer, Entry | None]:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from aoquant_inductor import _inductor, ops
 from aoquant_inductor import _inductor_choices as inductor
 from aoquant_inductor import _inductor_ir as ir
 from aoquant_inductor import _inductor_machine as machine
 from aoquant_inductor import lowering_cpu as cpu
 from aoquant_inductor import lowering_portable as portable
 from aoquant_inductor import lowering_triton as triton
-from aoquant_inductor import ops
 from aoquant_inductor.errors import UnsafeMachineCode
 from aoquant_inductor.layouts import WeightKey, rows_key
 from aoquant_inductor.problem import Problem
@@ -30,6 +31,8 @@ log = logging.getLogger("aoquant_inductor")
 
 Compiled = TypeVar("Compiled")
 Kernels = dict[WeightKey, set[str]]
+COUNTER = "aoquant kernel "
+"""What the name of a counter begins with that says in JSON which kernel was taken for a weight."""
 _recording: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("aoquant_kernels", default=None)
 
 BACKENDS: dict[str, tuple[Callable[[Problem], tuple[str, Any] | None], ...]] = {
@@ -54,14 +57,20 @@ M_RANGES: dict[str, tuple[int, ...]] = dict.fromkeys(("cuda", "xpu"), (16, 64, 2
 
 @contextlib.contextmanager
 def recording() -> Iterator[Kernels]:
-    """Collects which kernel the lowerings inside took for which weight."""
+    """Collects which kernel the lowerings inside took for which weight, or had taken when Inductor's cache got the graph."""
     install()
     kernels: Kernels = {}
     token = _recording.set(kernels)
+    before = _inductor.counters().copy()
     try:
         yield kernels
     finally:
         _recording.reset(token)
+    if not kernels:
+        for counter in _inductor.counters() - before:
+            if counter.startswith(COUNTER):
+                key, name = json.loads(counter.removeprefix(COUNTER))
+                kernels.setdefault(tuple(key), set()).add(name)
 
 
 def safely(compile_graph: Callable[[], Compiled], told: Callable[[str], None]) -> Compiled:
@@ -96,6 +105,7 @@ def _record(key: WeightKey, name: str) -> None:
     kernels = _recording.get()
     if kernels is not None and inductor.measuring() is None:
         kernels.setdefault(key, set()).add(name)
+        _inductor.counters()[COUNTER + json.dumps([key, name])] += 1
 
 
 def _finish(problem: Problem, name: str, result: Any) -> Any:

@@ -79,8 +79,8 @@ class Names:
         return id(weight) in self._names
 
     def known(self, weight: torch.Tensor) -> str | None:
-        """The first name of a weight, if the module has it."""
-        return next(iter(self._names.get(id(weight)) or self._aliases.get(id(weight)) or ()), None)
+        """The first name of a weight, if the module has it: as `of` has it."""
+        return self.of(weight)[0] if id(weight) in self._owners else None
 
     def owners(self, weight: torch.Tensor) -> list[nn.Module]:
         """The modules that a weight is a parameter of."""
@@ -106,7 +106,8 @@ def _parts(source: str) -> list[str]:
 
 def _from_source(source: str, whole: bool = False) -> str:
     """`L['self']._modules['up']._parameters['weight']` -> `up`; whole: `self.up`."""
-    parts = [p for p in _parts(source)[0 if whole else 1 :] if p not in ("_modules", "_parameters")]
+    parts = [p for p in _parts(source) if p not in ("_modules", "_parameters")]
+    parts = parts if whole or parts[1:] == ["weight"] else parts[1:]  # a linear that is a function's own variable
     return _of_module(".".join(parts)) or source or "?"
 
 

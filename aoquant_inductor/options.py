@@ -26,7 +26,7 @@ from aoquant_inductor.errors import (
     did_you_mean,
     show,
 )
-from aoquant_inductor.scheme import Scheme, resolve
+from aoquant_inductor.scheme import Scheme, is_dict_scheme, resolve
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def _schemes(given: Mapping[str, Any]) -> tuple[tuple[tuple[str, Scheme | None],
         return (), resolve(schemes, "schemes")
     if not isinstance(schemes, Mapping):
         raise OptionError(f'"schemes" is {show(schemes)}; give one word, or a dict of names and patterns.')
+    if is_dict_scheme(schemes):
+        raise OptionError('"schemes" holds the keys of one scheme, no names of linears: for all, give it as "default".')
     for key in schemes:
         _check_pattern(key)
     entries = ((key, None if word is None else resolve(word, key)) for key, word in schemes.items())

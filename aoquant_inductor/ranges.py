@@ -105,7 +105,7 @@ class _Graphs:
         return function(*args)
 
     def _add(self, index: int, args: Sequence[Any]) -> Compiled:
-        with dynamo.compile_lock(), self.lock:
+        with dynamo.compiling(), self.lock:
             found = self.compiled[index]
             if found is None:
                 found = self._compile(index, args)
@@ -118,9 +118,10 @@ class _Graphs:
         inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")[len(self.packs) :]]
         with shapes.sizes_of(gm.graph, self.packs, args, inputs) as guarded, lowering.recording() as kernels:
             found = self.build(inputs, within)
-            if not guarded():
-                self.note(kernels)
-                return found
+            holds = not guarded()
+        if holds:
+            self.note(kernels)
+            return found
         # not by another range's kernels: their workspaces are made for its M
         log.warning(
             "M of %s runs op by op in plain PyTorch: a compile of its own would not hold for all of it (seen at M = %d).",

@@ -21,7 +21,7 @@ from aoquant_inductor.entry import Entry, Release
 from aoquant_inductor.errors import OptionError, ReleasedWeights
 from aoquant_inductor.names import Names
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import KEPT, RELEASED, Layer
+from aoquant_inductor.report import KEPT, RELEASED, RESTORED, Layer
 from aoquant_inductor.weights import STORE
 
 _hooks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -51,7 +51,7 @@ def _original(entry: Entry, how: Release, names: Names, read_elsewhere: bool) ->
     if weight is not None and entry.trains and weight.requires_grad:  # its optimizer has it between evaluations, too
         return f"{KEPT}: it trains"
     if entry.restored:
-        return f"{KEPT}: it was restored"
+        return RESTORED
     if weight is None or not owners:
         return f"{KEPT}: it is no parameter of the compiled module"
     if (alias := names.elsewhere(weight)) is not None:

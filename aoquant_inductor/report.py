@@ -14,9 +14,10 @@ from aoquant_inductor.names import Other
 VERSION = 1
 WORTH_SAYING = 0.01  # of the linears' bytes
 QUANTIZED, SKIPPED = "quantized", "skipped"
-OF_THE_WEIGHT = ("not_parameter", "already_quantized", "dtensor", "empty", "dtype")
+OF_THE_WEIGHT = ("not_parameter", "already_quantized", "dtensor", "subclass", "empty", "dtype")
 """Reasons that a weight is not quantized whatever graph reads it."""
 KEPT, RELEASED = "kept", "released"
+RESTORED = f"{KEPT}: it was restored"
 
 
 @dataclass(frozen=True)

@@ -121,21 +121,22 @@ class LookedUp:
         group: Group | Compiled
         try:
             group = Group(weights, self.like, self.opts)
-        except NonFinite as error:
+        except (NonFinite, torch.OutOfMemoryError) as error:
+            found = f"holds {error.found}" if isinstance(error, NonFinite) else None
+            why, reason = found or "could not be packed in the memory that is free", "non_finite" if found else "out_of_memory"
             what = f"a weight of a block whose first one has shape {tuple(weights[0].shape)}"
             if self.opts.on_unsupported == "error":
-                raise UnsupportedLayers({what: f"holds {error.found}."}) from None
-            warn_once(f"{what} holds {error.found}; the whole block stays in full precision.")
-            self._left(weights, f"is in a block of which a weight holds {error.found}; all of it stays as it is.")
-            with dynamo.compile_lock(), torch.set_grad_enabled(self.differentiable):
+                raise UnsupportedLayers({what: f"{why}."}) from None
+            warn_once(f"{what} {why}; the whole block stays in full precision.")
+            self._left(weights, reason, f"is in a block of which a weight {why}; all of it stays as it is.")
+            with dynamo.compiling(), torch.set_grad_enabled(self.differentiable):
                 group = _inductor.compile_graph(_inductor.copy_graph(self.gm)[0], args, self.patches)
         self.groups[key] = group
         for weight in weights:  # an id may be used again once its weight is gone
             weakref.finalize(weight, _drop, self.groups, None if fast is None else weakref.ref(fast), key).atexit = False
         return group
 
-
-    def _left(self, weights: Sequence[torch.Tensor], why: str) -> None:
+    def _left(self, weights: Sequence[torch.Tensor], reason: str, why: str) -> None:
         """Into the report of the compiled object that called with them: none is packed."""
         context, root = dynamo.calling()
         if context is None:
@@ -144,7 +145,7 @@ class LookedUp:
         for weight, layer in zip(weights, (linear.layer for unit in self.like for linear in unit), strict=True):
             name, size = names.known(weight) or layer.name, layer.bytes_before
             what = (name, names.aliases(weight), layer.shape, layer.scheme, layer.matched_by)
-            layers.append(Layer(*what, SKIPPED, "non_finite", why, size, size))
+            layers.append(Layer(*what, SKIPPED, reason, why, size, size))
         log_of(context, dynamo.backend_of(context), root).graphs.append(Report(tuple(layers)))
 
 

@@ -206,6 +206,11 @@ _KEYS: Mapping[str, tuple[object, ...]] = MappingProxyType(
 """Key of the dict form -> its values."""
 
 
+def is_dict_scheme(given: Mapping[Any, Any]) -> bool:
+    """Whether these are the keys of a scheme's dict form, and its values."""
+    return given.keys() <= _KEYS.keys() and given.get("weight") in tuple(DTYPES)
+
+
 def _from_dict(given: Mapping[str, Any], where: str) -> Scheme:
     for key, value in given.items():
         if key not in _KEYS:

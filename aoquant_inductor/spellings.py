@@ -1,4 +1,6 @@
-"""Linears that a model writes out, x @ w.T, as some of its subclasses of nn.Linear do, become calls of F.linear."""
+"""Linears that a model writes out, x @ w.T, as some of its subclasses of nn.Linear do, become calls of F.linear; casts of a
+weight to what it is, w.to(x.dtype), go.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ import torch
 from torch import fx
 from torch.nn.functional import linear
 
+from aoquant_inductor.rewrite import LINEAR
+
 CALLS = ("call_function", "call_method")
 PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")
 PAIRS = ((0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0))
@@ -22,6 +26,8 @@ FLIPS: Mapping[object, tuple[tuple[object, ...], ...]] = MappingProxyType(
     }
 )
 """What transposes a tensor of two dimensions, and with which further arguments."""
+CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous")
+"""What returns its tensor itself where there is nothing to be done."""
 
 
 def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
@@ -30,9 +36,9 @@ def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
 
     x @ w.T + bias stays a linear without a bias and a sum: so it rounds as before.
     """
+    done = _without_casts(gm)
     flips = ((node, _transposed(node)) for node in gm.graph.nodes)
     transposed = {node: of for node, of in flips if of is not None and of in weights}
-    done = False
     for node in list(gm.graph.nodes):
         bias, x, right = _operands(node)
         if right not in transposed or x in weights or not all(_is_bias(b, transposed[right]) for b in bias):
@@ -49,6 +55,28 @@ def as_linears(gm: fx.GraphModule, weights: Container[fx.Node]) -> None:
     if done:
         gm.graph.lint()
         gm.recompile()
+
+
+def _without_casts(gm: fx.GraphModule) -> bool:
+    """Lets linears read a weight itself where a cast of it is nothing else: whether there was one."""
+    idle = {node: of for node in gm.graph.nodes if (of := _of_cast(node)) is not None and of is not node}
+    for node, of in idle.items():
+        for user in list(node.users):
+            if user.target in LINEAR or _transposed(user) is node:
+                user.replace_input_with(node, of)
+    for node in reversed(idle):
+        if not node.users:
+            gm.graph.erase_node(node)
+    return bool(idle)
+
+
+def _of_cast(node: Any) -> fx.Node | None:
+    """The placeholder whose very tensor casts have returned; itself if it is one."""
+    of = node
+    while isinstance(of, fx.Node) and of.op == "call_method" and of.target in CASTS:
+        of = of.args[0]
+    same = isinstance(of, fx.Node) and of.op == "placeholder" and of.meta.get("example_value") is node.meta.get("example_value")
+    return of if same else None
 
 
 def may_be_linear(node: fx.Node) -> bool:

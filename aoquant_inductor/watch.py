@@ -43,8 +43,11 @@ class Watch:
     def stale(self) -> bool:
         """Whether a weight changed since it was packed; never true of a weight that is gone."""
         if self.generation != STORE.generation:
-            # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged.
+            # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged. Or
+            # have packed the weight as it lay then (entry.form), which no stamp tells.
             self._sync()
+            if self._confirmed():
+                return True
         if self.native is not None:
             return self.native() and self._confirmed()
         try:

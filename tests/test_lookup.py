@@ -14,7 +14,8 @@ from torch import nn
 from util import assert_counts, compiled
 
 import aoquant_inductor
-from aoquant_inductor import native, runtime, watch
+from aoquant_inductor import native, runtime, watch, weights
+from aoquant_inductor.errors import UnsupportedLayers
 from aoquant_inductor.weights import STORE
 
 
@@ -74,9 +75,9 @@ def right(models: list[nn.Module], functions: list[Any]) -> None:
         assert float((function(X, X) - want).norm() / want.norm()) < 0.02
 
 
-@pytest.mark.parametrize("weights", ["checked", "frozen"])
-def test_python_is_asked_once_for_each_set_of_weights(asked: Counter[str], weights: str) -> None:
-    models, functions = blocks(4, weights=weights)
+@pytest.mark.parametrize("check", ["checked", "frozen"])
+def test_python_is_asked_once_for_each_set_of_weights(asked: Counter[str], check: str) -> None:
+    models, functions = blocks(4, weights=check)
     with torch.no_grad():
         right(models, functions)
         before = asked["calls"]
@@ -125,6 +126,27 @@ def test_packs_go_with_their_weights(asked: Counter[str]) -> None:
         right(models, functions)
 
 
+@pytest.mark.parametrize("policy", ["report", "error"])
+def test_a_block_that_finds_no_memory_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    models, functions = blocks(3, on_unsupported=policy)
+    with torch.no_grad():
+        right(models[:1], functions[:1])
+        functions[1](X, X)  # now there is a graph for any weights
+
+        def none(*args: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(weights, "pack_weight", none)
+        if policy == "error":
+            with pytest.raises(UnsupportedLayers, match="could not be packed in the memory that is free"):
+                functions[2](X, X)
+            return
+        with pytest.warns(UserWarning, match="could not be packed in the memory that is free; the whole block stays"):
+            y = functions[2](X, X)
+        assert torch.allclose(y, models[2](X, X), atol=1e-5)
+    assert_counts(aoquant_inductor.report(functions[2]), 0, 2, out_of_memory=2)
+
+
 def test_models_with_a_tied_weight(asked: Counter[str]) -> None:
     """The weight is looked up for its linears, and passed on to the embedding."""
     models, functions = blocks(3, Tied)
@@ -143,9 +165,9 @@ def test_arguments_are_checked() -> None:
     assert watch.settle() == "native"
     kind = native.lookup_type()
     assert kind is not None
-    for weights, kept in (((), (0,)), ((0, 2), (1, 3, 9)), ((-1,), (0,)), ((0, 2), (0, 2))):
+    for read, kept in (((), (0,)), ((0, 2), (1, 3, 9)), ((-1,), (0,)), ((0, 2), (0, 2))):
         with pytest.raises(ValueError, match="places"):
-            kind(weights, kept, print, print)
+            kind(read, kept, print, print)
     lookup = kind((0,), (1,), lambda *args: ("fast", args), lambda this, *args: ("slow", args))
     key, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     assert lookup(key, 7) == ("slow", (key, 7))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,68 @@ def test_a_weight_that_is_computed_is_named_and_stays(how: object, graphs: list[
     with pytest.raises(UnsupportedLayers, match="^0 has a weight that is computed"):
         run(model, x, schemes=schemes, on_unsupported="error")
     assert len(graphs) == 1
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * 0.5, self.bias)
+
+
+class Router(nn.Module):
+    """As that of DeepSeek-V2: a matrix of its own, read in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.double(), self.weight.double()).float()
+
+
+class Merged(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+        self.down, self.up = nn.Parameter(torch.randn(4, 32)), nn.Parameter(torch.randn(32, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight + self.up @ self.down, self.bias)
+
+
+@pytest.mark.parametrize(("kind", "op"), [(lambda: Scaled(32, 32), "mul"), (Router, "double"), (Merged, "add")])
+def test_a_weight_that_the_graph_makes_of_parameters_has_their_name(kind: Callable[[], nn.Module], op: str) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), kind()), tokens(dtype=FP32)
+    function, y, report = run(model, x)
+    assert_counts(report, 1, 2, not_parameter=1)
+    (left,) = (layer for layer in report.layers if layer.reason)
+    assert (left.name, left.shape, left.scheme) == ("1", (8 if kind is Router else 32, 32), "int8wo")
+    assert left.detail == f"is computed by the graph ({op}); only a whole parameter is packed."
+    assert sqnr_db(y, model(x)) > 30
+    with pytest.raises(UnsupportedLayers, match="^1 is computed by"):
+        run(model, x, on_unsupported="error")
+
+
+def test_what_activations_are_multiplied_with_is_no_layer_of_theirs() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.q(x), self.k(x))
+
+    model, x = Scores(), tokens(dtype=FP32)
+    _, y, report = run(model, x, on_unsupported="error")
+    assert_counts(report, 2, 3, not_parameter=1)
+    assert [layer.detail for layer in report.layers if layer.reason] == ["has a weight that the graph computes."]
+    assert sqnr_db(y, model(x)) > 30
+
+
+def test_a_matrix_of_no_linear_has_one_name_in_every_model_of_its_class() -> None:
+    """The second model runs the first one's graph."""
+    for _ in range(3):
+        _, _, report = run(nn.Sequential(nn.Linear(32, 32), Mixture()), tokens(dtype=FP32))
+        assert_counts(report, 2)
+        assert [layer.name for layer in report.layers] == ["0", "1"]
 
 
 def test_what_torch_export_made_is_quantized() -> None:

@@ -143,6 +143,10 @@ def test_check_raises_by_default_and_does_not_warn() -> None:
             {"schemes": ["int8wo"]},
             "\"schemes\" is ['int8wo']; give one word, or a dict of names and patterns.",
         ),
+        (
+            {"schemes": {"weight": "int4", "group_size": 64}},
+            '"schemes" holds the keys of one scheme, no names of linears: for all, give it as "default".',
+        ),
         ({"schemes": {"*": 8}}, 'the scheme for "*" is 8; give a name or a dict.'),
         ({"schemes": {1: "int8wo"}}, '"schemes" has the key 1; a key is a string.'),
         (

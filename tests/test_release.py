@@ -154,6 +154,9 @@ def test_state_dict_is_the_copy_where_the_user_asked_for_one() -> None:
     assert torch.equal(model.state_dict()["a.weight"], before)
     assert aoquant_inductor.restore(model) == 1
     assert torch.equal(model.a.weight, before)
+    after = aoquant_inductor.report(function)
+    assert after.layers[0].original == "kept: it was restored"
+    assert after.totals["bytes_resident"] == report.totals["bytes_resident"] + model.a.weight.nbytes
     assert model.a.weight.requires_grad
     repacks = STORE.entry(model.a.weight).repacks
     with torch.no_grad():

@@ -54,6 +54,34 @@ def test_a_product_is_a_linear(spelling: Spelling, scheme: str) -> None:
     assert sqnr_db(y, linear64(X, one, SCHEMES[scheme])) >= 40
 
 
+CASTS: dict[str, Spelling] = {
+    "w.to(x.dtype)": lambda x, w, b: nn.functional.linear(x, w.to(x.dtype), b.to(x.dtype)),
+    "w.type_as(x)": lambda x, w, b: nn.functional.linear(x, weight=w.type_as(x), bias=b),
+    "to and contiguous": lambda x, w, b: nn.functional.linear(x, w.to(x.device, x.dtype).contiguous(), b),
+    "x @ w.to(x).T": lambda x, w, b: x @ w.to(x).T + b,
+    "read twice": lambda x, w, b: nn.functional.linear(x, v := w.bfloat16(), b) + v.sum() * 0,
+}
+
+
+@pytest.mark.parametrize("spelling", CASTS.values(), ids=CASTS)
+def test_a_cast_to_what_a_weight_is_goes(spelling: Spelling) -> None:
+    one = model(spelling)
+    function, y, report = run(one, X, on_unsupported="error")
+    assert_counts(report, 1)
+    assert sqnr_db(y, linear64(X, one)) >= 40
+    with torch.no_grad():
+        one.weight.mul_(-2)
+        assert sqnr_db(function(X), linear64(X, one)) >= 40
+
+
+def test_a_cast_to_another_dtype_does_not() -> None:
+    one = model(lambda x, w, b: nn.functional.linear(x.float(), w.float(), b.float()).bfloat16())
+    _, y, report = run(one, X)
+    assert_counts(report, 0, 1, not_parameter=1)
+    assert report.layers[0].name == "weight" and report.layers[0].detail is not None and "(float)" in report.layers[0].detail
+    assert sqnr_db(y, one(X)) > 100
+
+
 OTHERS: dict[str, Spelling] = {
     "not transposed": lambda x, w, b: x @ w,
     "transposed twice": lambda x, w, b: x @ w.T.T,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from util import BF16, Block, Graph, assert_counts, block, compiled, linear64, run, sqnr_db, tokens
+from util import BF16, Block, Graph, assert_counts, block, compiled, dequantized, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
 from aoquant_inductor.entry import digest_of
@@ -191,9 +191,17 @@ def test_a_digest_is_of_every_value_and_its_row(n: int, k: int, dtype: torch.dty
         for j in range(k):
             changed = weight.clone()
             changed[i, j] += 1
-            seen.add(int(digest_of(changed)))
-    assert int(digest) not in seen
-    assert n == 1 or int(digest_of(weight.flip(0))) != int(digest)
+            seen.add(tuple(digest_of(changed).tolist()))
+    assert tuple(digest.tolist()) not in seen
+    for places in range(2):
+        assert weight.shape[places] == 1 or not torch.equal(digest_of(weight.flip(places)), digest)
+
+
+def test_a_digest_sees_columns_and_halves_that_change_places() -> None:
+    """As the heads of an output projection are put into another order, or those of a rotary embedding into pairs."""
+    weight = torch.randn(64, 64).to(BF16)
+    moved = [weight.roll(4 * i, 1) for i in range(16)] + [weight.roll(i, 0) for i in range(1, 64)] + [weight.t().contiguous()]
+    assert len({tuple(digest_of(each).tolist()) for each in moved}) == len(moved)
 
 
 def test_frozen_weights_trust_the_user_and_refresh_still_works() -> None:
@@ -221,6 +229,10 @@ def test_functional_call_is_honoured() -> None:
             y = torch.func.functional_call(function, {f"_orig_mod.{k}": v for k, v in parameters.items()}, (x,))
             assert torch.equal(y, x), "zeros in, zeros out"
             assert sqnr_db(function(x), model.reference(x)) > 45, "and the module's own weights again"
+
+
+def sqnr_of(weight: torch.Tensor) -> float:
+    return sqnr_db(dequantized(weight), weight)
 
 
 class Adapted(nn.Module):
@@ -258,7 +270,10 @@ def test_five_hot_swaps_of_an_adapter_and_a_merge(graphs: list[Graph]) -> None:
         model.up.weight.zero_()
         assert sqnr_db(function(x), model.reference(x)) > 40
         assert (entry.repacks, STORE.packed) == (1, packed + 1)
-    assert aoquant_inductor.report(function).totals["repacks"] == 1
+    after = aoquant_inductor.report(function)
+    assert after.totals["repacks"] == 1
+    (base,) = (layer for layer in after.layers if layer.name == "base")
+    assert base.sqnr_db == entry.packs[next(iter(entry.packs))][1] == pytest.approx(sqnr_of(model.base.weight), abs=0.1)
     assert all(graph.packs for graph in graphs)
 
 

@@ -1,0 +1,120 @@
+"""What becomes of a linear, by the options and by what its weight is; no data is read."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from aoquant_inductor import _inductor_dynamo as dynamo
+from aoquant_inductor.names import Names
+from aoquant_inductor.options import Options
+from aoquant_inductor.report import QUANTIZED, SKIPPED, Layer
+from aoquant_inductor.scheme import Scheme
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+PARTS = (operator.getitem, torch.ops.aten.chunk.default, torch.ops.aten.split_with_sizes.default)
+
+
+def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torch.Tensor, Layer, Scheme | None]]:
+    """Every weight of an nn.Linear of the module, decided; no data is read."""
+    weights = [module._parameters.get("weight") for module in root.modules() if isinstance(module, nn.Linear)]
+    for weight in {id(weight): weight for weight in weights if weight is not None and not is_lazy(weight)}.values():
+        yield (weight, *decide(weight, names.of(weight), names.aliases(weight), options))
+    for name, module in names.computed.items():
+        dtype = next((parameter.dtype for parameter in module.parameters()), None)
+        like = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
+        yield (like, *computed(like, name, options))
+
+
+def called(value: torch.Tensor, placeholder: fx.Node, names: Names) -> tuple[list[str], tuple[str, ...]]:
+    """(the names of a weight's linears, its other names)."""
+    return names.of(value, dynamo.source_name(placeholder)), names.aliases(value)
+
+
+def decide(weight: object, names: Sequence[str], aliases: tuple[str, ...], options: Options) -> tuple[Layer, Scheme | None]:
+    """What becomes of one linear by its options and its weight's kind; data is not looked at."""
+    shape = tuple(getattr(weight, "shape", ()))
+    layer = Layer(names[0], aliases, shape, None, None, SKIPPED)  # type: ignore[arg-type]
+    if not isinstance(weight, torch.Tensor):
+        return replace(layer, reason="not_parameter", detail="has a weight that the graph computes."), None
+    size = weight.numel() * weight.element_size()
+    choice = options.choose(names)
+    layer = replace(layer, bytes_before=size, bytes_after=size, matched_by=choice.matched_by)
+    if choice.scheme is None:
+        return replace(layer, reason="no_match" if choice.matched_by is None else "user"), None
+    layer = replace(layer, scheme=choice.scheme.name)
+    if not isinstance(weight, nn.Parameter):
+        return replace(layer, reason="not_parameter", detail="is a tensor of the call, no Parameter (functional_call?)."), None
+    if type(weight) is not nn.Parameter or weight.dtype in (torch.int8, torch.uint8):
+        reason, detail = _of_another_kind(weight)
+        return replace(layer, reason=reason, detail=detail), None
+    if weight.dim() != 2:
+        return replace(layer, reason="not_matrix", detail=f"has {weight.dim()} dimensions."), None
+    if weight.numel() == 0:
+        return replace(layer, reason="empty", detail="has no elements."), None
+    if weight.dtype not in FLOATS:
+        return replace(layer, reason="dtype", detail=f"is {weight.dtype}, not bf16, fp16 or fp32."), None
+    if weight.shape[1] > choice.scheme.most_inputs:
+        return replace(layer, reason="overflow", detail="has more inputs than 32 bits hold the sum of, of int8 products."), None
+    return replace(layer, status=QUANTIZED), choice.scheme
+
+
+def computed(weight: torch.Tensor, name: str, options: Options) -> tuple[Layer, Scheme | None]:
+    """An nn.Linear whose weight a parametrization makes, weight_norm say, or pruning: it changes with what it is made of."""
+    layer, scheme = decide(weight, [name], (), options)
+    if layer.reason == "not_parameter":
+        layer = replace(layer, detail="has a weight that is computed at every call (a parametrization?), which stays as it is.")
+    return layer, scheme
+
+
+def made(
+    weight: fx.Node, real: Mapping[fx.Node, object], names: Names, options: Options
+) -> tuple[Layer, Scheme | None] | None:
+    """A linear whose weight the graph makes of parameters and nothing else: cut out of one, as the attention of torch.nn cuts
+    q, k and v where they differ, cast, scaled, merged. None: what it is made of does not say which linear it is.
+    """
+    cut, sources, left, seen = True, [], [weight], set()
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            sources += [node] if isinstance(real.get(node), torch.Tensor) else []  # no size
+        elif node.op in ("call_function", "call_method"):
+            cut = cut and node.target in PARTS
+            left += node.all_input_nodes
+        else:
+            return None
+    if sources == [weight] or not all(isinstance(real.get(source), nn.Parameter) for source in sources):
+        return None
+    like = weight.meta["example_value"]
+    of = {source: value for source in sources if isinstance(value := real[source], nn.Parameter)}
+    for asked in (lambda value: True, names.is_linear, lambda value: value.shape == like.shape):
+        if len(which := [source for source, value in of.items() if asked(value)]) == 1:
+            layer, _ = decide(like, *called(of[which[0]], which[0], names), options)
+            how = "cut into parts by the graph" if cut else f"computed by the graph ({_word(weight)})"
+            if layer.scheme is None:
+                return layer, None
+            detail = f"is {how}; only a whole parameter is packed."
+            return replace(layer, status=SKIPPED, reason="not_parameter", detail=detail), None
+    return None
+
+
+def _word(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _of_another_kind(weight: torch.Tensor) -> tuple[str, str]:
+    """The reason and the detail of what is no plain Parameter; DTensors by name, since torch.distributed may not be there."""
+    if dynamo.is_fake(weight):
+        return "ddp_optimizer", "is cut from its graph by Dynamo's DDPOptimizer: set torch._dynamo.config.optimize_ddp = False."
+    if issubclass(type(weight), nn.Parameter) and weight.dtype in FLOATS:
+        return "subclass", f"is a {type(weight).__name__}, and what such a Parameter does is not known."
+    distributed = any(kind.__module__.startswith("torch.distributed") for kind in type(weight).__mro__)
+    return "dtensor" if distributed else "already_quantized", f"is {weight.dtype} in a {type(weight).__name__}."
