@@ -235,12 +235,17 @@ def test_weights_of_one_call_leave_nothing_in_the_report() -> None:
 
 def test_packs_of_weights_that_were_replaced_go_with_them() -> None:
     """The report remembers what was compiled, not what it packed."""
+
+    def orphans() -> int:
+        gc.collect()
+        return sum(isinstance(one, Entry) and one.ref() is None for one in gc.get_objects())
+
+    before = orphans()  # Dynamo keeps what runs behind a graph break of a function, in the globals of its module
     model, x = block(), tokens()
     function = compiled(model)
     for _ in range(6):
         model.a.weight = nn.Parameter(torch.randn(32, 32).to(model.a.weight))
         with torch.no_grad():
             assert sqnr_db(function(x), model.reference(x)) > 45
-    gc.collect()
-    assert sum(isinstance(one, Entry) and one.ref() is None for one in gc.get_objects()) <= 1, "a constant graph has its first"
+    assert orphans() <= before + 1, "a constant graph has its first"
     assert aoquant_inductor.refresh(function) == 1
