@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -65,9 +64,9 @@ def frame() -> Frame:
     local_self = local_self if isinstance(local_self, nn.Module) else None
     context, function = _called()
     root = _module_of(function)
-    own = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    own = getattr(function, "__code__", None)
     broken = getattr(getattr(output, "compile_subgraph_reason", None), "graph_break", False)
-    partial = root is None and (broken or own not in (None, code))
+    partial = root is None and (broken or own is not code)
     return Frame(context or code, root if root is not None else local_self, code, local_self, partial)
 
 

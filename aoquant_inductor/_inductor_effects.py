@@ -27,7 +27,9 @@ def differentiates(gm: fx.GraphModule, trains: bool) -> bool:
             return True
         if trains and name in ("_vmap_increment_nesting", "_enter_inference_mode"):
             return True
-        if name in ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad", "requires_grad_"):
+        if name in ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad"):
+            return True
+        if name == "requires_grad_" and torch.is_grad_enabled():  # else for nothing: transformers' hook on embeddings
             return True
     return False
 

@@ -26,6 +26,7 @@ from aoquant_inductor import _inductor_effects as effects
 from aoquant_inductor import _inductor_regions as regions
 from aoquant_inductor import options as options_module
 from aoquant_inductor.decisions import Decisions
+from aoquant_inductor.eligible import LINEAR
 from aoquant_inductor.errors import AoquantError, NothingQuantized, OptionError, UnsupportedLayers
 from aoquant_inductor.journal import Log, log_of
 from aoquant_inductor.names import Names
@@ -75,12 +76,13 @@ def _pipeline(
         warn_once("gradients are taken within the compiled function: the linears of that graph stay in full precision.")
         for site in sites:
             site.skip("grad", "is in a graph that takes gradients itself (torch.func, torch.enable_grad).")
-    journal = log_of(frame.context, dynamo.backend_of(frame.context), frame.root)
+    root = None if frame.partial else frame.root  # of a function over several modules one is not all
+    journal = log_of(frame.context, dynamo.backend_of(frame.context), root)
     journal.agree(opts)
     others = rewrite.of_other_ops(gm, example_inputs, names, opts, sites)
     _judge(opts, names, sites, journal, frame.partial)
-    if frame.root is not None:
-        journal.plan(frame.root, names, opts)
+    if root is not None:
+        journal.plan(root, names, opts)
     patches = {**_inductor.mode_options(opts.mode), **opts.inductor}
     started = time.perf_counter()
     if any(site.scheme for site in sites):
@@ -120,7 +122,7 @@ def _guard_decisions(sites: Sequence[Site], opts: Options, root: nn.Module | Non
 
 
 def _may_be_linear(node: fx.Node) -> bool:
-    return node.target in rewrite.LINEAR or spellings.may_be_linear(node) or attention.is_one(node)
+    return node.target in LINEAR or spellings.may_be_linear(node) or attention.is_one(node)
 
 
 def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: Names, together: bool) -> None:
@@ -151,7 +153,7 @@ def _pack(sites: Sequence[Site], others: Sequence[Layer], opts: Options, names: 
 
 def _note(graph: Report, sites: Sequence[Site], frame: dynamo.Frame, journal: Log) -> None:
     """Into the report and the log."""
-    journal.add(graph, [site.entry for site in sites if site.entry is not None])
+    journal.add(graph, {site.entry: site.layer.name for site in sites if site.entry is not None})
     if (folder := _inductor.debug_folder()) is not None:
         number = 1 + len(list(folder.glob("graph*.json")))  # of all compiled objects
         (folder / f"graph{number}.json").write_text(journal.report().to_json())

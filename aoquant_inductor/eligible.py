@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,7 +18,12 @@ from aoquant_inductor.report import QUANTIZED, SKIPPED, Layer
 from aoquant_inductor.scheme import Scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-PARTS = (operator.getitem, torch.ops.aten.chunk.default, torch.ops.aten.split_with_sizes.default)
+LINEAR: tuple[Any, ...] = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear, torch.ops.aten.linear.default)))
+"""The first two are one object in some versions, two in others; the last is what torch.export makes of them."""
+PARTS = (
+    operator.getitem, torch.chunk, torch.split, torch.ops.aten.chunk.default, torch.ops.aten.split_with_sizes.default, "chunk",
+    "split",
+)
 
 
 def plan(root: nn.Module, names: Names, options: Options) -> Iterator[tuple[torch.Tensor, Layer, Scheme | None]]:
@@ -86,7 +92,7 @@ def made(
         seen.add(node)
         if node.op == "placeholder":
             sources += [node] if isinstance(real.get(node), torch.Tensor) else []  # no size
-        elif node.op in ("call_function", "call_method"):
+        elif node.op in ("call_function", "call_method") and node.target not in LINEAR:
             cut = cut and node.target in PARTS
             left += node.all_input_nodes
         else:
@@ -97,8 +103,9 @@ def made(
     of = {source: value for source in sources if isinstance(value := real[source], nn.Parameter)}
     for asked in (lambda value: True, names.is_linear, lambda value: value.shape == like.shape):
         if len(which := [source for source, value in of.items() if asked(value)]) == 1:
-            layer, _ = decide(like, *called(of[which[0]], which[0], names), options)
-            how = "cut into parts by the graph" if cut else f"computed by the graph ({_word(weight)})"
+            value = of[which[0]]
+            layer, _ = decide(value if value.dim() == 2 else like, *called(value, which[0], names), options)
+            how = "cut into parts by the graph" if cut else f"computed by the graph ({word(weight)})"
             if layer.scheme is None:
                 return layer, None
             detail = f"is {how}; only a whole parameter is packed."
@@ -106,7 +113,7 @@ def made(
     return None
 
 
-def _word(node: fx.Node) -> str:
+def word(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 

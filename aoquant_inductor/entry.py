@@ -120,6 +120,11 @@ class Entry:
             return False
         return True
 
+    def fits(self) -> bool:
+        """Whether the weight has the shape that its packs have."""
+        weight = self.ref()
+        return weight is None or all(packed.shape == tuple(weight.shape) for packed, _ in self.packs.values())
+
     def accept(self, weight: torch.Tensor, stamp: Stamp) -> None:
         """The packs are of the weight as it was when it had this stamp."""
         self.stamp, self.storage, self.form = stamp, StorageWeakRef(weight.untyped_storage()), form_of(weight)
@@ -147,9 +152,8 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = stamp_of(weight)
-        for packed, _ in self.packs.values():
-            if packed.shape != tuple(weight.shape):
-                raise ShapeChanged(packed.shape, tuple(weight.shape))
+        if not self.fits():
+            raise ShapeChanged(next(iter(self.packs.values()))[0].shape, tuple(weight.shape))
         try:
             fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
         except qparams.NonFinite as error:

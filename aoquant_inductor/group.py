@@ -77,7 +77,7 @@ class Group:
         self.report = Report(tuple(layers))
         if self.journal is not None:
             self.journal.graphs.append(self.report)
-            self.journal.entries.update(self.entries)
+            self.journal.entries.update(zip(self.entries, (layer.name for layer in layers), strict=True))
 
     def forget(self) -> None:
         """Out of the report: its weights are gone."""

@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -18,7 +18,7 @@ from aoquant_inductor import eligible, native
 from aoquant_inductor.errors import OptionError
 from aoquant_inductor.names import Names, Other
 from aoquant_inductor.options import Options
-from aoquant_inductor.report import OF_THE_WEIGHT, QUANTIZED, RELEASED, RESTORED, Layer, Report, by_module, merge, uncalled
+from aoquant_inductor.report import QUANTIZED, RELEASED, RESTORED, SKIPPED, Layer, Report, by_module, merge, uncalled
 
 log = logging.getLogger("aoquant_inductor")
 
@@ -44,7 +44,8 @@ class Log:
     def __init__(self, backend: object | None, root: nn.Module | None) -> None:
         self.backend, self.root = backend, None if root is None else weakref.ref(root)
         self.graphs: list[Report] = []
-        self.entries: weakref.WeakSet[Any] = weakref.WeakSet()  # entry.Entry of every pack its graphs hold, for refresh()
+        # entry.Entry of every pack its graphs hold -> the name of its linear
+        self.entries: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self.compilations = 0
         self.compiled: set[tuple[str, ...]] = set()  # the layers of each graph, whatever its shapes
         self.heard: set[str] = set()  # names in the graphs of a function with graph breaks
@@ -56,7 +57,7 @@ class Log:
         self.pack_seconds = 0.0
         self.compile_seconds = 0.0
 
-    def add(self, graph: Report, entries: Iterable[Any]) -> None:
+    def add(self, graph: Report, entries: Mapping[Any, str]) -> None:
         """One compiled graph, and the packs it holds."""
         self.graphs.append(graph)
         self.compilations += 1
@@ -94,25 +95,39 @@ class Log:
 
     def _as_they_are(self, layers: Sequence[Layer], now: Mapping[str, Layer]) -> tuple[Layer, ...]:
         """Without the linears that the module has no more, nor the packs of weights that since became what is not quantized:
-        another dtype, computed, a tensor. With the size of the others as it is.
+        another dtype, computed, a tensor. With the size of the others as it is, and one row of those that since share a weight.
         """
         gone = self.names - {name for layer in now.values() for name in (layer.name, *layer.aliases)}
-        left = [one for one in layers if one.name not in gone]
-        sized = [replace(one, bytes_before=now[one.name].bytes_before) if one.name in now else one for one in left]
-        return tuple(now[one.name] if one.name in now and now[one.name].reason in OF_THE_WEIGHT else one for one in sized)
+        first = {alias: layer.name for layer in now.values() for alias in layer.aliases}
+        left: dict[str, Layer] = {}
+        for one in layers:
+            name = first.get(one.name, one.name)
+            if one.name in gone or (name != one.name and name in left):
+                continue
+            known = now.get(name)
+            if known is not None:
+                size = known.bytes_before
+                after = size if one.status == SKIPPED else one.bytes_after
+                one = replace(one, name=name, aliases=known.aliases, shape=known.shape, bytes_before=size, bytes_after=after)
+            left[name] = known if known is not None and known.by_weight else one
+        return tuple(left.values())
 
-    def _as_packed(self, layers: Sequence[Layer], names: Names) -> tuple[Layer, ...]:
+    def _as_packed(self, layers: Sequence[Layer], names: Names | None) -> tuple[Layer, ...]:
         """With what became of their packs and originals since: packed again, restored, released by another compile."""
-        known = ((entry, entry.ref()) for entry in self.entries)
-        entries = {names.known(weight): entry for entry, weight in known if weight is not None}
+        entries = {}
+        for entry, name in self.entries.items():
+            if (weight := entry.ref()) is not None and entry.fits():
+                entries[names.known(weight) if names is not None else name] = entry
 
         def now(layer: Layer) -> Layer:
             entry = entries.get(layer.name)
             if entry is None or layer.status != QUANTIZED:
                 return layer
-            sqnrs = (sqnr for (scheme, *_), (_, sqnr) in entry.packs.items() if scheme.name == layer.scheme)
+            for (scheme, *_), (packed, sqnr) in entry.packs.items():
+                if scheme.name == layer.scheme:
+                    layer = replace(layer, sqnr_db=sqnr, bytes_after=packed.nbytes)
             kept = RESTORED if entry.restored and layer.original == RELEASED else layer.original
-            return replace(layer, sqnr_db=next(sqnrs, layer.sqnr_db), original=RELEASED if entry.released else kept)
+            return replace(layer, original=RELEASED if entry.released else kept)
 
         return tuple(map(now, layers))
 
@@ -120,10 +135,11 @@ class Log:
         layers: tuple[Layer, ...] = merge(self.graphs)
         planned: tuple[Layer, ...] = ()  # every nn.Linear of the module as its options decide it, for those that no graph calls
         root = None if self.root is None else self.root()
-        if root is not None and self.options is not None:
-            names = Names(root)
+        names = None if root is None else Names(root)
+        if root is not None and names is not None and self.options is not None:
             planned = tuple(layer for _, layer, _ in eligible.plan(root, names, self.options))
-            layers = self._as_packed(self._as_they_are(layers, {layer.name: layer for layer in planned}), names)
+            layers = self._as_they_are(layers, {layer.name: layer for layer in planned})
+        layers = self._as_packed(layers, names)
         called = {name for layer in layers for name in (layer.name, *layer.aliases)}
         layers += tuple(uncalled(layer) for layer in planned if layer.name not in called)
         # F.linear may read a module's own parameter: then it is a layer

@@ -107,7 +107,8 @@ def _parts(source: str) -> list[str]:
 def _from_source(source: str, whole: bool = False) -> str:
     """`L['self']._modules['up']._parameters['weight']` -> `up`; whole: `self.up`."""
     parts = [p for p in _parts(source) if p not in ("_modules", "_parameters")]
-    parts = parts if whole or parts[1:] == ["weight"] else parts[1:]  # a linear that is a function's own variable
+    linear = parts[1:] == ["weight"] and "_parameters" in source  # that is a function's own variable
+    parts = parts if whole or linear else parts[1:]
     return _of_module(".".join(parts)) or source or "?"
 
 

@@ -44,6 +44,11 @@ class Layer:
     siblings: tuple[str, ...] = ()
 
     @property
+    def by_weight(self) -> bool:
+        """Whether it is skipped for what its weight is, whatever graph reads it."""
+        return self.reason in OF_THE_WEIGHT
+
+    @property
     def bytes_resident(self) -> int:
         """What the layer's weight takes: its pack, and the original unless that was released."""
         both = self.status == QUANTIZED and self.original != RELEASED

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
@@ -14,7 +13,7 @@ from aoquant_inductor import _inductor_dynamo as dynamo
 from aoquant_inductor import _inductor_effects as effects
 from aoquant_inductor import _inductor_shapes as shapes
 from aoquant_inductor import packing, qparams
-from aoquant_inductor.eligible import FLOATS, called, computed, decide, made
+from aoquant_inductor.eligible import FLOATS, LINEAR, called, computed, decide, made, word
 from aoquant_inductor.entry import Entry
 from aoquant_inductor.layouts import Packed, WeightKey
 from aoquant_inductor.names import Names
@@ -23,8 +22,6 @@ from aoquant_inductor.report import KEPT, RELEASED, SKIPPED, Layer
 from aoquant_inductor.scheme import LARGE_M, Scheme
 from aoquant_inductor.weights import STORE
 
-LINEAR: tuple[Any, ...] = tuple(dict.fromkeys((torch._C._nn.linear, nn.functional.linear, torch.ops.aten.linear.default)))
-"""The first two are one object in some versions, two in others; the last is what torch.export makes of them."""
 EMBEDDING = (torch.embedding, nn.functional.embedding)  # a tied head's weight: its linear may be in another graph
 
 
@@ -140,6 +137,10 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             known, aliases = called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
             layer, scheme = decide(value, known, aliases, options)
         sites.append(Site(node, x, weight, bias, value, layer, scheme, node.meta["example_value"].dtype))  # type: ignore[arg-type]
+    whole = {site.layer.name for site in sites if isinstance(site.value, torch.Tensor)}
+    for site in sites:
+        if site.value is None and site.layer.name in whole:  # what is made of a weight that is read as it is, too
+            site.layer = replace(site.layer, name=f"{site.layer.name} ({word(site.weight)})")
     written = effects.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.nn.functional import linear
 
-from aoquant_inductor.rewrite import LINEAR
+from aoquant_inductor.eligible import LINEAR
 
 CALLS = ("call_function", "call_method")
 PRODUCTS = (operator.matmul, torch.matmul, torch.mm, "matmul", "mm")

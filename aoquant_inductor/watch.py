@@ -47,6 +47,7 @@ class Watch:
             # have packed the weight as it lay then (entry.form), which no stamp tells.
             self._sync()
             if self._confirmed():
+                self.generation = -1  # until it is packed: a repack that fails is asked for again
                 return True
         if self.native is not None:
             return self.native() and self._confirmed()

@@ -46,8 +46,11 @@ class Store:
         return found if found is not None and found.ref() is weight else None
 
     def entry(self, weight: torch.Tensor) -> Entry:
+        """That of a weight; a new one where its packs have another shape, which graphs that Dynamo guards by it keep."""
         with self.lock:
-            found = self._entries[id(weight)] = self.find(weight) or Entry(weight, self)
+            found = self.find(weight)
+            if found is None or not found.fits():
+                found = self._entries[id(weight)] = Entry(weight, self)
             return found
 
     def pack(
@@ -130,7 +133,7 @@ class Store:
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
         """Repack what is stale (or all of it) in place; the number of weights repacked."""
         with self.lock:
-            todo = [e for e in entries if e.packs and ((everything and not e.released) or e.stale())]
+            todo = [e for e in entries if e.packs and (e.fits() and not e.released if everything else e.stale())]
             for entry in todo:
                 entry.repack()
             return len(todo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from util import assert_counts, compiled, sqnr_db, tokens
 
 import aoquant_inductor
+from aoquant_inductor.qparams import NonFinite
 
 FP32 = torch.float32
 CHANGES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
@@ -32,3 +34,25 @@ def test_a_weight_that_reads_its_storage_in_another_way_and_back(change: Callabl
             models[-1].weight.data = change(models[-1].weight.data, i)
     for function in functions:
         assert_counts(aoquant_inductor.report(function), 1)
+
+
+def test_a_form_that_cannot_be_packed_is_refused_at_every_call() -> None:
+    """Row 1 is in one of the two only."""
+    memory, x = torch.randn(128, 64), tokens(4, 64, FP32)
+    model = nn.Linear(64, 64, bias=False).eval().requires_grad_(False)
+    dense, spread = (torch.as_strided(memory, (64, 64), (step, 1)) for step in (64, 128))
+    model.weight.data = dense
+    function = compiled(model)
+    with torch.no_grad():
+        for data in (spread, dense, spread):
+            function(x)
+            model.weight.data = data
+        function(x)
+        memory[1].fill_(math.nan)
+        model.weight.data = dense
+        for _ in range(3):
+            with pytest.raises(NonFinite):
+                function(x)
+        memory[1].fill_(1)
+        aoquant_inductor.refresh(function)
+        assert sqnr_db(function(x), model(x)) > 35

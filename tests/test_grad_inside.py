@@ -49,6 +49,17 @@ def enabled(net: Net, x: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(net(v).sum(), v)[0]
 
 
+def test_asking_for_gradients_without_grad_is_nothing() -> None:
+    """As transformers' gradient_checkpointing_enable has it: a hook on the embedding that stays in evaluation."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).eval(), tokens(3, 8, FP32)
+    model[0].register_forward_hook(lambda module, args, y: y.requires_grad_(True))
+    function = compiled(model)
+    with torch.no_grad():
+        y = function(x)
+        assert torch.allclose(y, model(x), atol=0.05) and not torch.equal(y, model(x))
+    assert_counts(aoquant_inductor.report(function), 2)
+
+
 class Taking(nn.Module):
     def __init__(self, net: Net, take: Callable[[Net, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import nn
 from util import BF16, assert_counts, compiled, sqnr_db, tokens
 
 import aoquant_inductor
+from aoquant_inductor._inductor import plain_tensors
 
 
 @contextmanager
@@ -36,6 +37,11 @@ def test_a_default_device(how: object) -> None:
             got = function(few), function(many)
         assert all(sqnr_db(y, model(x)) > 15 for x, y in zip((few, many), got, strict=True))
     assert_counts(aoquant_inductor.report(function), 2)
+
+
+def test_what_is_packed_lies_where_it_is_told_to() -> None:
+    with torch.device("meta"), plain_tensors():
+        assert torch.empty(1).device.type == "cpu"
 
 
 def test_a_second_set_of_weights_under_a_default_device() -> None:

@@ -154,6 +154,63 @@ def test_a_weight_that_the_graph_makes_of_parameters_has_their_name(kind: Callab
         run(model, x, on_unsupported="error")
 
 
+class Hyper(nn.Module):
+    """A weight that a linear of a parameter makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.latent = nn.Linear(32, 32), nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.h(self.latent))
+
+
+class Both(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + nn.functional.linear(x, self.weight * 0.5)
+
+
+class Cut(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([nn.functional.linear(x, w) for w in self.weight.chunk(2)], -1)
+
+
+def test_a_use_of_a_weight_as_it_is_and_one_that_is_not() -> None:
+    x = tokens(dtype=FP32)
+    _, y, report = run(Both(32, 32), x)
+    assert_counts(report, 1, 2, not_parameter=1)
+    assert [(layer.name, layer.status) for layer in report.layers] == [("weight", "quantized"), ("weight (mul)", "skipped")]
+    model = Hyper()
+    _, y, report = run(model, x, on_unsupported="error")
+    assert_counts(report, 1, 2, not_parameter=1)
+    assert report.layers[0].name == "h" and report.layers[1].detail == "has a weight that the graph computes."
+    assert sqnr_db(y, model(x)) > 30
+
+
+def test_a_skipped_linear_has_the_size_of_its_parameter() -> None:
+    model = Cut(32, 64)
+    function, _, report = run(nn.Sequential(model, nn.Linear(64, 8)), tokens(dtype=FP32))
+    assert_counts(report, 1, 2, not_parameter=1)
+    cut = report.layers[0]
+    assert (cut.name, cut.shape, cut.bytes_before, cut.bytes_after) == ("0", (64, 32), 8192, 8192)
+    assert cut.detail == "is cut into parts by the graph; only a whole parameter is packed."
+    function.bfloat16()
+    cut, other = aoquant_inductor.report(function).layers
+    assert (cut.bytes_before, cut.bytes_after, other.bytes_before) == (4096, 4096, 1024)
+
+
+def test_linears_that_come_to_share_a_weight_are_one_row() -> None:
+    model, x = pair(), tokens(dtype=FP32)
+    function, _, report = run(model, x)
+    assert_counts(report, 2)
+    model[2].weight = model[0].weight
+    with torch.no_grad():
+        assert sqnr_db(function(x), model(x)) > 30
+    report = aoquant_inductor.report(function)
+    assert_counts(report, 1)
+    assert (report.layers[0].name, report.layers[0].aliases, report.totals["bytes_before"]) == ("0", ("2",), 4096)
+
+
 def test_what_activations_are_multiplied_with_is_no_layer_of_theirs() -> None:
     class Scores(nn.Module):
         def __init__(self) -> None:

@@ -271,6 +271,14 @@ def test_fp32_int4_too() -> None:
     assert report.totals["bytes_resident"] < 0.32 * 64 * 64 * 4
 
 
+def test_a_report_says_what_another_compile_released() -> None:
+    model, x = block(), tokens()
+    function, _, report = run(model, x)
+    assert report.layers[0].original == "kept"
+    released(model, x)
+    assert aoquant_inductor.report(function).layers[0].original == "released"
+
+
 def test_what_was_restored_stays_when_another_graph_packs_it() -> None:
     model, x = block(), tokens()
     function, _, _ = released(model, x)

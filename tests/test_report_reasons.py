@@ -12,7 +12,7 @@ from torch import fx, nn
 from util import BF16, Graph, Two, assert_counts, compiled, dequantized, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor import NothingQuantized, rewrite
+from aoquant_inductor import NothingQuantized, eligible, rewrite
 from aoquant_inductor.weights import STORE
 
 
@@ -159,7 +159,7 @@ def test_a_linear_on_a_stream_of_its_own_is_left(monkeypatch: pytest.MonkeyPatch
     find = rewrite.find
 
     def noted(gm: fx.GraphModule, *rest: Any) -> list[rewrite.Site]:
-        last = gm.graph.find_nodes(op="call_function", target=rewrite.LINEAR[0])[-1]
+        last = gm.graph.find_nodes(op="call_function", target=eligible.LINEAR[0])[-1]
         last.meta["custom"] = {"stream": 1}
         found = find(gm, *rest)
         del last.meta["custom"]  # Inductor has no streams on a CPU
