@@ -1,7 +1,7 @@
 """One packed weight: the Parameter, held weakly, its packs, and the state of it that they were made from.
 
-What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict) and by the storage (`.data =`), which is
-held weakly: its memory is free to go, but no other storage is taken for it, as one may be by its address;
+What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict), by the dtype and the strides, and by the
+storage (`.data =`), which is held weakly: its memory is free to go, but no other one is taken for it, as by its address;
 writes that PyTorch does not count (`p.data +=`, numpy views, fused optimizers) are seen by whoever reads all of the weight: the
 next compile does, no call does, so `refresh` repairs them.
 
@@ -27,6 +27,7 @@ from aoquant_inductor.scheme import Scheme
 PackKey = tuple[Scheme, str, str]
 """Scheme, layout, and what a second pack is for: to lie TOGETHER with those of other weights, or as a graph has it."""
 UNTRACKED = -1  # an inference tensor counts no versions
+DIGEST_WORDS = 2**20  # that digest_of has in memory at once: 8 MB
 
 
 class Stamp(NamedTuple):
@@ -35,6 +36,8 @@ class Stamp(NamedTuple):
     version: int
     pointer: int
     storage: int
+    dtype: torch.dtype
+    strides: tuple[int, ...]
 
 
 def stamp_of(weight: torch.Tensor) -> Stamp:
@@ -42,25 +45,22 @@ def stamp_of(weight: torch.Tensor) -> Stamp:
         pointer = weight.data_ptr()
     except RuntimeError:  # it was let go
         pointer = 0
-    return Stamp(UNTRACKED if weight.is_inference() else weight._version, pointer, storage_id(weight))
-
-
-def form_of(weight: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    """How a weight reads its storage: guards of Dynamo's, so that no call asks for it, but two graphs may have one each."""
-    return weight.dtype, weight.stride()
+    version = UNTRACKED if weight.is_inference() else weight._version
+    return Stamp(version, pointer, storage_id(weight), weight.dtype, weight.stride())
 
 
 def digest_of(weight: torch.Tensor) -> torch.Tensor:
-    """int64[2] that other values have others of, whatever wrote them; reads the whole weight."""
+    """An int64 that other values have another of, whatever wrote them; reads the whole weight."""
     with plain_tensors():
         rows = weight.detach().contiguous()
         for word in (torch.int64, torch.int32, torch.int16, torch.int8):
             if all(places * rows.itemsize % word.itemsize == 0 for places in (rows.shape[1], rows.storage_offset())):
                 words = rows.view(word)
                 break
-        # odd factors: rows that change places change the first, columns the second
-        sums = [words.sum(across, dtype=torch.int64) for across in (1, 0)]
-        return torch.stack([(each * torch.arange(1, 2 * len(each), 2, device=each.device)).sum() for each in sums])
+        # odd factors: columns or rows that change places change the sum, too. Some rows at a time: products are int64
+        across, down = (torch.arange(1, 2 * size, 2, device=words.device) for size in (words.shape[1], len(words)))
+        sums = [(some * across).sum(1) for some in words.split(max(1, DIGEST_WORDS // words.shape[1]))]
+        return (torch.cat(sums) * down).sum()
 
 
 def pack_weight(weight: torch.Tensor, scheme: Scheme, layout: str) -> tuple[Packed, float]:
@@ -93,7 +93,7 @@ class Entry:
         key, drop = id(weight), keeper.drop
         self.ref = weakref.ref(weight, lambda ref: drop(key, ref))
         self.turn = keeper.turn
-        self.stamp, self.storage, self.form = stamp_of(weight), StorageWeakRef(weight.untyped_storage()), form_of(weight)
+        self.stamp, self.storage = stamp_of(weight), StorageWeakRef(weight.untyped_storage())
         self.digest: torch.Tensor | None = None  # of the values that were packed; None: not asked for
         self.packs: dict[PackKey, tuple[Packed, float]] = {}
         # what a pack is a part of, which, and of whose weights the others are
@@ -113,7 +113,7 @@ class Entry:
 
     def stale(self) -> bool:
         weight = self.ref()
-        if weight is None or (stamp_of(weight) == self.stamp and form_of(weight) == self.form):
+        if weight is None or stamp_of(weight) == self.stamp:
             return False
         if self.released:  # a write that failed counts as a version, too
             self.accept(weight, stamp_of(weight))
@@ -127,7 +127,7 @@ class Entry:
 
     def accept(self, weight: torch.Tensor, stamp: Stamp) -> None:
         """The packs are of the weight as it was when it had this stamp."""
-        self.stamp, self.storage, self.form = stamp, StorageWeakRef(weight.untyped_storage()), form_of(weight)
+        self.stamp, self.storage = stamp, StorageWeakRef(weight.untyped_storage())
         self.digest = digest_of(weight) if stamp.pointer else None
         self.turn()
 
@@ -140,7 +140,7 @@ class Entry:
     def overwritten(self) -> bool:
         """Whether the stamp is that of the packs and the values are not; then it is stale from now on. Reads them all."""
         weight = self.ref()
-        if weight is None or self.digest is None or self.stale() or torch.equal(digest_of(weight), self.digest):
+        if weight is None or self.digest is None or self.stale() or bool(digest_of(weight) == self.digest):
             return False
         self.stamp = self.stamp._replace(pointer=0)
         self.turn()

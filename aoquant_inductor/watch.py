@@ -36,25 +36,21 @@ class Watch:
         tracked = [entry for entry in self.entries if entry.stamp.version != UNTRACKED]
         self.tracked = [entry.ref for entry in tracked]
         self.versions = [entry.stamp.version for entry in tracked]
-        self.places = [(stamp.pointer, stamp.storage) for stamp in stamps]
+        self.places = [stamp[1:] for stamp in stamps]
         kind = native.watch_type()
-        self.native = kind and kind(self.refs, *([stamp[i] for stamp in stamps] for i in range(3)))
+        self.native = kind and kind(self.refs, *([stamp[i] for stamp in stamps] for i in range(5)))
 
     def stale(self) -> bool:
         """Whether a weight changed since it was packed; never true of a weight that is gone."""
         if self.generation != STORE.generation:
-            # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged. Or
-            # have packed the weight as it lay then (entry.form), which no stamp tells.
+            # Another graph may have repacked: against stamps of one's own, a new storage at an old address looks unchanged.
             self._sync()
-            if self._confirmed():
-                self.generation = -1  # until it is packed: a repack that fails is asked for again
-                return True
         if self.native is not None:
             return self.native() and self._confirmed()
         try:
             return (
                 [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
-                or [(w.data_ptr(), storage_id(w)) for w in [ref() for ref in self.refs]] != self.places  # type: ignore[union-attr, arg-type]
+                or [(w.data_ptr(), storage_id(w), w.dtype, w.stride()) for w in [ref() for ref in self.refs]] != self.places  # type: ignore[union-attr, arg-type]
             )
         except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
             return self._confirmed()

@@ -14,6 +14,9 @@ from util import FP32, assert_counts, compiled, tokens
 import aoquant_inductor
 
 
+NOT_211 = pytest.mark.skipif(torch.__version__.startswith("2.11"), reason="there it fails, or runs eager, by any backend")
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +52,7 @@ def enabled(net: Net, x: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(net(v).sum(), v)[0]
 
 
+@NOT_211
 def test_asking_for_gradients_without_grad_is_nothing() -> None:
     """As transformers' gradient_checkpointing_enable has it: a hook on the embedding that stays in evaluation."""
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).eval(), tokens(3, 8, FP32)
@@ -147,7 +151,7 @@ def inference(m: Adapter, h: torch.Tensor) -> torch.Tensor:
     return h * factor.clone()
 
 
-@pytest.mark.parametrize(("then", "quantized"), [(relu, 1), (residual, 1), (of_each, 0), (inference, 0)])
+@pytest.mark.parametrize(("then", "quantized"), [(relu, 1), (residual, 1), (of_each, 0), pytest.param(inference, 0, marks=NOT_211)])
 def test_what_is_done_with_a_frozen_result_while_others_train(
     then: Callable[[Adapter, torch.Tensor], torch.Tensor], quantized: int
 ) -> None:

@@ -191,17 +191,17 @@ def test_a_digest_is_of_every_value_and_its_row(n: int, k: int, dtype: torch.dty
         for j in range(k):
             changed = weight.clone()
             changed[i, j] += 1
-            seen.add(tuple(digest_of(changed).tolist()))
-    assert tuple(digest.tolist()) not in seen
+            seen.add(int(digest_of(changed)))
+    assert int(digest) not in seen
     for places in range(2):
-        assert weight.shape[places] == 1 or not torch.equal(digest_of(weight.flip(places)), digest)
+        assert weight.shape[places] == 1 or int(digest_of(weight.flip(places))) != int(digest)
 
 
 def test_a_digest_sees_columns_and_halves_that_change_places() -> None:
     """As the heads of an output projection are put into another order, or those of a rotary embedding into pairs."""
     weight = torch.randn(64, 64).to(BF16)
     moved = [weight.roll(4 * i, 1) for i in range(16)] + [weight.roll(i, 0) for i in range(1, 64)] + [weight.t().contiguous()]
-    assert len({tuple(digest_of(each).tolist()) for each in moved}) == len(moved)
+    assert len({int(digest_of(each)) for each in moved}) == len(moved)
 
 
 def test_frozen_weights_trust_the_user_and_refresh_still_works() -> None:

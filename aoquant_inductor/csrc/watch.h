@@ -1,9 +1,10 @@
-// Watch(refs, versions, pointers, storages)() -> bool: whether any weight differs from the state it is compared with.
+// Watch(refs, versions, pointers, storages, dtypes, strides)() -> bool: whether any weight differs from its state so described.
 //
 // refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
 // counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
 #pragma once
 
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <vector>
@@ -14,6 +15,8 @@ struct State {
   int64_t version;
   uintptr_t pointer;
   uintptr_t storage;  // whoever made the Watch refers to it: no other one has its address
+  at::ScalarType dtype;
+  std::vector<int64_t> strides;
 };
 
 struct Watch {
@@ -38,7 +41,8 @@ bool differs(PyObject* object, const State& state) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   const int64_t version = impl->is_inference() ? -1 : (int64_t)impl->version_counter().current_version();
   if (version != state.version) return true;
-  if (!impl->has_storage()) return true;
+  if (!impl->has_storage() || tensor.layout() != at::kStrided || tensor.scalar_type() != state.dtype) return true;
+  if (!impl->strides().equals(state.strides)) return true;
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   if (reinterpret_cast<uintptr_t>(storage) != state.storage) return true;
   // no checks: the memory of a weight that was let go is null, and asking for it the usual way throws
@@ -62,14 +66,17 @@ PyObject* watch_call(PyObject* self, PyObject* const*, size_t, PyObject*) {
 }
 
 PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
-  PyObject *refs, *versions, *pointers, *storages;
-  if (!PyArg_ParseTuple(args, "O!O!O!O!", &PyTuple_Type, &refs, &PyList_Type, &versions, &PyList_Type, &pointers, &PyList_Type, &storages)) {
+  PyObject* refs;
+  PyObject* lists[5];  // versions, pointers, storages, dtypes, strides
+  if (!PyArg_ParseTuple(args, "O!OOOOO", &PyTuple_Type, &refs, &lists[0], &lists[1], &lists[2], &lists[3], &lists[4])) {
     return nullptr;
   }
   const Py_ssize_t n = PyTuple_GET_SIZE(refs);
-  if (PyList_GET_SIZE(versions) != n || PyList_GET_SIZE(pointers) != n || PyList_GET_SIZE(storages) != n) {
-    PyErr_SetString(PyExc_ValueError, "Watch: refs, versions, pointers and storages differ in length");
-    return nullptr;
+  for (PyObject* one : lists) {
+    if (!PyList_Check(one) || PyList_GET_SIZE(one) != n) {
+      PyErr_SetString(PyExc_ValueError, "Watch: its lists are one for each reference");
+      return nullptr;
+    }
   }
   std::vector<State> states(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
@@ -77,9 +84,18 @@ PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
       PyErr_SetString(PyExc_TypeError, "Watch: refs are weak references");
       return nullptr;
     }
-    states[i].version = PyLong_AsLongLong(PyList_GET_ITEM(versions, i));
-    states[i].pointer = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(pointers, i));
-    states[i].storage = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(storages, i));
+    PyObject *dtype = PyList_GET_ITEM(lists[3], i), *strides = PyList_GET_ITEM(lists[4], i);
+    if (!THPDtype_Check(dtype) || !PyTuple_Check(strides)) {
+      PyErr_SetString(PyExc_TypeError, "Watch: dtypes are torch.dtype, strides tuples");
+      return nullptr;
+    }
+    states[i].version = PyLong_AsLongLong(PyList_GET_ITEM(lists[0], i));
+    states[i].pointer = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(lists[1], i));
+    states[i].storage = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(lists[2], i));
+    states[i].dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
+    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(strides); ++d) {
+      states[i].strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d)));
+    }
   }
   if (PyErr_Occurred()) return nullptr;
   auto* watch = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));
