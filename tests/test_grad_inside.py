@@ -13,7 +13,6 @@ from util import FP32, assert_counts, compiled, tokens
 
 import aoquant_inductor
 
-
 NOT_211 = pytest.mark.skipif(torch.__version__.startswith("2.11"), reason="there it fails, or runs eager, by any backend")
 
 
