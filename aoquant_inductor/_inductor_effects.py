@@ -11,6 +11,7 @@ from torch import fx, nn
 from aoquant_inductor._inductor import private, storage_id
 
 AUGMENTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+ENABLES = (("_set_grad_enabled", (True,)), ("_enter_inference_mode", (False,)))
 IN_PLACE = frozenset([operator.setitem, *(getattr(operator, f"i{name}") for name in AUGMENTED)])
 
 
@@ -23,7 +24,7 @@ def differentiates(gm: fx.GraphModule, trains: bool) -> bool:
         return True
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", node.target)
-        if name == "_set_grad_enabled" and node.args[:1] == (True,) and not torch.is_grad_enabled():
+        if (name, node.args[:1]) in ENABLES and not torch.is_grad_enabled():
             return True
         if trains and name in ("_vmap_increment_nesting", "_enter_inference_mode"):
             return True

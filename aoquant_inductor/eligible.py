@@ -84,23 +84,12 @@ def made(
     """A linear whose weight the graph makes of parameters and nothing else: cut out of one, as the attention of torch.nn cuts
     q, k and v where they differ, cast, scaled, merged. None: what it is made of does not say which linear it is.
     """
-    cut, sources, left, seen = True, [], [weight], set()
-    while left:
-        node = left.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder":
-            sources += [node] if isinstance(real.get(node), torch.Tensor) else []  # no size
-        elif node.op in ("call_function", "call_method") and node.target not in LINEAR:
-            cut = cut and node.target in PARTS
-            left += node.all_input_nodes
-        else:
-            return None
-    if sources == [weight] or not all(isinstance(real.get(source), nn.Parameter) for source in sources):
+    everything, near = _made_of(weight, through=True), _made_of(weight, through=False)
+    tensors = [node for node in everything if node.op != "placeholder" or isinstance(real.get(node), torch.Tensor)]  # no sizes
+    if tensors == [weight] or not all(isinstance(real.get(node), nn.Parameter) for node in tensors):
         return None
-    like = weight.meta["example_value"]
-    of = {source: value for source in sources if isinstance(value := real[source], nn.Parameter)}
+    like, cut = weight.meta["example_value"], weight.target in PARTS
+    of = {node: value for node in near if isinstance(value := real.get(node), nn.Parameter)}
     for asked in (lambda value: True, names.is_linear, lambda value: value.shape == like.shape):
         if len(which := [source for source, value in of.items() if asked(value)]) == 1:
             value = of[which[0]]
@@ -111,6 +100,21 @@ def made(
             detail = f"is {how}; only a whole parameter is packed."
             return replace(layer, status=SKIPPED, reason="not_parameter", detail=detail), None
     return None
+
+
+def _made_of(node: fx.Node, through: bool) -> list[fx.Node]:
+    """What stands at the beginning of a node's computation; not what other linears read, unless `through`."""
+    found, left, seen = [], [node], set()
+    while left:
+        one = left.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if one.op not in ("call_function", "call_method"):
+            found.append(one)
+        elif through or one.target not in LINEAR:
+            left += one.all_input_nodes
+    return found
 
 
 def word(node: fx.Node) -> str:

@@ -26,7 +26,7 @@ from aoquant_inductor.scheme import Scheme
 
 PackKey = tuple[Scheme, str, str]
 """Scheme, layout, and what a second pack is for: to lie TOGETHER with those of other weights, or as a graph has it."""
-UNTRACKED = -1  # an inference tensor counts no versions
+UNTRACKED, CLOSED = -1, -2  # versions: an inference tensor counts none, an entry that is closed is of none
 DIGEST_WORDS = 2**20  # that digest_of has in memory at once: 8 MB
 
 
@@ -99,6 +99,7 @@ class Entry:
         # what a pack is a part of, which, and of whose weights the others are
         self.wholes: dict[PackKey, tuple[Packed, int, tuple[weakref.ref[torch.Tensor], ...]]] = {}
         self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
+        self.closed: ShapeChanged | None = None  # why no graph that has these packs may run
         self.repacks = 0
         self.trains = False  # a graph with a backward has read it while it required grad
         self.restored = False  # by the user, after it was let go
@@ -113,6 +114,10 @@ class Entry:
 
     def stale(self) -> bool:
         weight = self.ref()
+        if self.closed is not None:
+            return weight is not None
+        if not self.packs:
+            return False
         if weight is None or stamp_of(weight) == self.stamp:
             return False
         if self.released:  # a write that failed counts as a version, too
@@ -124,6 +129,15 @@ class Entry:
         """Whether the weight has the shape that its packs have."""
         weight = self.ref()
         return weight is None or all(packed.shape == tuple(weight.shape) for packed, _ in self.packs.values())
+
+    def close(self) -> None:
+        """The weight has data of another shape now, for which it has another entry: whoever still reads these packs is told."""
+        weight = self.ref()
+        if weight is not None:
+            self.closed = ShapeChanged(next(iter(self.packs.values()))[0].shape, tuple(weight.shape))
+        self.packs, self.wholes, self.loose, self.digest, self.release, self.copy = {}, {}, set(), None, None, None
+        self.stamp = self.stamp._replace(version=CLOSED)
+        self.turn()
 
     def accept(self, weight: torch.Tensor, stamp: Stamp) -> None:
         """The packs are of the weight as it was when it had this stamp."""
@@ -152,6 +166,8 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = stamp_of(weight)
+        if self.closed is not None:
+            raise self.closed
         if not self.fits():
             raise ShapeChanged(next(iter(self.packs.values()))[0].shape, tuple(weight.shape))
         try:

@@ -137,10 +137,11 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
             known, aliases = called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
             layer, scheme = decide(value, known, aliases, options)
         sites.append(Site(node, x, weight, bias, value, layer, scheme, node.meta["example_value"].dtype))  # type: ignore[arg-type]
-    whole = {site.layer.name for site in sites if isinstance(site.value, torch.Tensor)}
+    whole = {site.layer.name: site for site in sites if isinstance(site.value, torch.Tensor)}
     for site in sites:
-        if site.value is None and site.layer.name in whole:  # what is made of a weight that is read as it is, too
-            site.layer = replace(site.layer, name=f"{site.layer.name} ({word(site.weight)})")
+        if site.value is None and (own := whole.get(site.layer.name)) is not None:  # made of one that is read as it is, too
+            site.layer = replace(site.layer, scheme=None)
+            own.layer = replace(own.layer, detail=f"is read as it is, too, to compute a weight ({word(site.weight)}).")
     written = effects.written(gm, inputs)
     for site in sites:
         site.x_written = written(site.x)

@@ -46,11 +46,15 @@ class Store:
         return found if found is not None and found.ref() is weight else None
 
     def entry(self, weight: torch.Tensor) -> Entry:
-        """That of a weight; a new one where its packs have another shape, which graphs that Dynamo guards by it keep."""
+        """That of a weight; a new one where it got data of another shape, and no graph with the packs of before runs again."""
         with self.lock:
             found = self.find(weight)
             if found is None or not found.fits():
-                found = self._entries[id(weight)] = Entry(weight, self)
+                fresh = self._entries[id(weight)] = Entry(weight, self)
+                if found is not None:
+                    fresh.trains, fresh.restored = found.trains, found.restored
+                    found.close()
+                return fresh
             return found
 
     def pack(
@@ -133,7 +137,8 @@ class Store:
     def update(self, entries: Sequence[Entry], everything: bool = False) -> int:
         """Repack what is stale (or all of it) in place; the number of weights repacked."""
         with self.lock:
-            todo = [e for e in entries if e.packs and (e.fits() and not e.released if everything else e.stale())]
+            due = (lambda e: e.packs and not e.released and e.fits()) if everything else (lambda e: e.stale())
+            todo = [entry for entry in entries if due(entry)]
             for entry in todo:
                 entry.repack()
             return len(todo)

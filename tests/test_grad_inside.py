@@ -63,6 +63,24 @@ def test_asking_for_gradients_without_grad_is_nothing() -> None:
     assert_counts(aoquant_inductor.report(function), 2)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_of_an_activation_that_asks_for_them(grad: bool) -> None:
+    """In the graph: under grad, or where inference mode, and with it no_grad, is left within."""
+
+    def f(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with contextlib.nullcontext() if grad else torch.inference_mode(False):
+            v = x.clone().requires_grad_()
+            net(v).sum().backward()
+            assert v.grad is not None
+            return v.grad
+
+    net, x = Net().eval().requires_grad_(False), tokens(5, 8, FP32)
+    with torch.set_grad_enabled(grad):
+        function = torch.compile(lambda x: f(net, x), backend="aoquant")
+        got, want = function(x), f(net, x)
+    assert float((got - want).norm() / want.norm()) < 0.03
+
+
 class Taking(nn.Module):
     def __init__(self, net: Net, take: Callable[[Net, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()

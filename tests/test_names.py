@@ -141,6 +141,21 @@ class Merged(nn.Linear):
         return nn.functional.linear(x, self.weight + self.up @ self.down, self.bias)
 
 
+class MergedByLinear(Merged):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight + nn.functional.linear(self.up, self.down.T), self.bias)
+
+
+def test_a_weight_merged_by_a_linear_of_parameters() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), MergedByLinear()), tokens(dtype=FP32)
+    _, y, report = run(model, x)
+    assert_counts(report, 1, 3, not_parameter=2)
+    assert [(layer.name, (layer.detail or "")[:31]) for layer in report.layers if layer.reason] == [
+        ("1.down", "is computed by the graph (getat"), ("1", "is computed by the graph (add);")
+    ]
+    assert sqnr_db(y, model(x)) > 30
+
+
 @pytest.mark.parametrize(("kind", "op"), [(lambda: Scaled(32, 32), "mul"), (Router, "double"), (Merged, "add")])
 def test_a_weight_that_the_graph_makes_of_parameters_has_their_name(kind: Callable[[], nn.Module], op: str) -> None:
     model, x = nn.Sequential(nn.Linear(32, 32), kind()), tokens(dtype=FP32)
@@ -177,9 +192,11 @@ class Cut(nn.Linear):
 
 def test_a_use_of_a_weight_as_it_is_and_one_that_is_not() -> None:
     x = tokens(dtype=FP32)
-    _, y, report = run(Both(32, 32), x)
-    assert_counts(report, 1, 2, not_parameter=1)
-    assert [(layer.name, layer.status) for layer in report.layers] == [("weight", "quantized"), ("weight (mul)", "skipped")]
+    both = Both(32, 32)
+    _, y, report = run(both, x, on_unsupported="error")
+    assert_counts(report, 1)
+    assert report.layers[0].detail == "is read as it is, too, to compute a weight (mul)."
+    assert report.totals["bytes_before"] == 4096 and 30 < sqnr_db(y, both(x)) < 80
     model = Hyper()
     _, y, report = run(model, x, on_unsupported="error")
     assert_counts(report, 1, 2, not_parameter=1)
