@@ -1,6 +1,6 @@
 """One packed weight: the Parameter, held weakly, its packs, and the state of it that they were made from.
 
-What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict), by the dtype and the strides, and by the
+What changed is seen by `_version` (in-place writes, optimizer steps, load_state_dict), by dtype, sizes and strides, and by the
 storage (`.data =`), which is held weakly: its memory is free to go, but no other one is taken for it, as by its address;
 writes that PyTorch does not count (`p.data +=`, numpy views, fused optimizers) are seen by whoever reads all of the weight: the
 next compile does, no call does, so `refresh` repairs them.
@@ -37,7 +37,7 @@ class Stamp(NamedTuple):
     pointer: int
     storage: int
     dtype: torch.dtype
-    strides: tuple[int, ...]
+    places: tuple[int, ...]  # its sizes, and then its strides
 
 
 def stamp_of(weight: torch.Tensor) -> Stamp:
@@ -46,19 +46,20 @@ def stamp_of(weight: torch.Tensor) -> Stamp:
     except RuntimeError:  # it was let go
         pointer = 0
     version = UNTRACKED if weight.is_inference() else weight._version
-    return Stamp(version, pointer, storage_id(weight), weight.dtype, weight.stride())
+    return Stamp(version, pointer, storage_id(weight), weight.dtype, (*weight.shape, *weight.stride()))
 
 
 def digest_of(weight: torch.Tensor) -> torch.Tensor:
     """An int64 that other values have another of, whatever wrote them; reads the whole weight."""
     with plain_tensors():
-        rows = weight.detach().contiguous()
+        flat = weight.detach().resolve_neg().contiguous().flatten()  # flat: the strides of a single row may be any
         for word in (torch.int64, torch.int32, torch.int16, torch.int8):
-            if all(places * rows.itemsize % word.itemsize == 0 for places in (rows.shape[1], rows.storage_offset())):
-                words = rows.view(word)
+            if all(places * flat.itemsize % word.itemsize == 0 for places in (weight.shape[1], flat.storage_offset())):
+                words = flat.view(word).view(len(weight), -1)
                 break
-        # odd factors: columns or rows that change places change the sum, too. Some rows at a time: products are int64
-        across, down = (torch.arange(1, 2 * size, 2, device=words.device) for size in (words.shape[1], len(words)))
+        # powers of odd factors: what changes its value or its place changes the sum. Some rows at a time: products are int64
+        factors = (words.shape[1], 0x5851F42D4C957F2D), (len(words), 0x14057B7EF767814D)
+        across, down = (torch.full((size,), odd, device=words.device).cumprod(0) for size, odd in factors)
         sums = [(some * across).sum(1) for some in words.split(max(1, DIGEST_WORDS // words.shape[1]))]
         return (torch.cat(sums) * down).sum()
 
@@ -99,7 +100,7 @@ class Entry:
         # what a pack is a part of, which, and of whose weights the others are
         self.wholes: dict[PackKey, tuple[Packed, int, tuple[weakref.ref[torch.Tensor], ...]]] = {}
         self.loose: set[PackKey] = set()  # packs that no graph reads yet: they may still move
-        self.closed: ShapeChanged | None = None  # why no graph that has these packs may run
+        self.closed: tuple[int, ...] | None = None  # the shape of its packs, once the weight has had another: none may run
         self.repacks = 0
         self.trains = False  # a graph with a backward has read it while it required grad
         self.restored = False  # by the user, after it was let go
@@ -132,9 +133,7 @@ class Entry:
 
     def close(self) -> None:
         """The weight has data of another shape now, for which it has another entry: whoever still reads these packs is told."""
-        weight = self.ref()
-        if weight is not None:
-            self.closed = ShapeChanged(next(iter(self.packs.values()))[0].shape, tuple(weight.shape))
+        self.closed = next(iter(self.packs.values()))[0].shape
         self.packs, self.wholes, self.loose, self.digest, self.release, self.copy = {}, {}, set(), None, None, None
         self.stamp = self.stamp._replace(version=CLOSED)
         self.turn()
@@ -167,7 +166,7 @@ class Entry:
             return
         stamp = stamp_of(weight)
         if self.closed is not None:
-            raise self.closed
+            raise ShapeChanged(self.closed, tuple(weight.shape))
         if not self.fits():
             raise ShapeChanged(next(iter(self.packs.values()))[0].shape, tuple(weight.shape))
         try:
@@ -203,6 +202,10 @@ class Entry:
         self.accept(weight, stamp_of(weight))
         return True
 
+    def keep(self) -> None:
+        """What it has now stays."""
+        self.release, self.copy, self.restored = None, None, True
+
     def bring_back(self) -> bool:
         """Gives a released weight its data again: True, its own, from the copy; False, what its best pack dequantizes to."""
         weight, exact = self.ref(), self.copy is not None
@@ -214,6 +217,6 @@ class Entry:
             else:
                 packed, _ = max(self.packs.values(), key=lambda pack: pack[1])
                 weight.data = ops.dequantize(packed.w, packed.scale, packed.zero, *packed.key, weight.dtype)
-        self.release, self.copy, self.restored = None, None, True
+        self.keep()
         self.accept(weight, stamp_of(weight))
         return exact

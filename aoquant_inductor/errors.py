@@ -80,8 +80,9 @@ class ShapeChanged(AoquantError, RuntimeError):
         self.before, self.now = before, now
 
     def __str__(self) -> str:
+        what = "has had another shape since" if self.now == self.before else f"has the shape {self.now} now"
         return (
-            f"a weight that was packed as {self.before} has the shape {self.now} now, by `.data =`. "
+            f"a weight that was packed as {self.before} {what}, by `.data =`. "
             "Give its module a new nn.Parameter: then it is compiled again."
         )
 

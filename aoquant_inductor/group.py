@@ -79,6 +79,11 @@ class Group:
             self.journal.graphs.append(self.report)
             self.journal.entries.update(zip(self.entries, (layer.name for layer in layers), strict=True))
 
+    @property
+    def closed(self) -> bool:
+        """Whether its packs are of weights that have had data of another shape since."""
+        return any(entry.closed is not None for entry in self.entries)
+
     def forget(self) -> None:
         """Out of the report: its weights are gone."""
         if self.journal is not None:

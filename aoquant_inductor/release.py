@@ -90,7 +90,11 @@ def restore(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         for weight in module._parameters.values():
             entry = None if weight is None else STORE.find(weight)
-            if entry is None or not entry.released:
+            if entry is None:
+                continue
+            if not entry.released:
+                if entry.release is not None:  # it has new data, which the next call would have packed and let go
+                    entry.keep()
                 continue
             if entry.bring_back():
                 exact += 1

@@ -139,7 +139,8 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
         sites.append(Site(node, x, weight, bias, value, layer, scheme, node.meta["example_value"].dtype))  # type: ignore[arg-type]
     whole = {site.layer.name: site for site in sites if isinstance(site.value, torch.Tensor)}
     for site in sites:
-        if site.value is None and (own := whole.get(site.layer.name)) is not None:  # made of one that is read as it is, too
+        own = whole.get(site.layer.name)
+        if site.value is None and own is not None and own.scheme is not None:  # made of a weight that is read as it is, too
             site.layer = replace(site.layer, scheme=None)
             own.layer = replace(own.layer, detail=f"is read as it is, too, to compute a weight ({word(site.weight)}).")
     written = effects.written(gm, inputs)

@@ -106,12 +106,16 @@ class LookedUp:
         """fast: the native Lookup that asks, if one does."""
         weights = self.pick(args)
         group = self.groups.get(tuple(map(id, weights)))
+        if isinstance(group, Group) and self.checked and group.watch.stale():
+            if group.closed:  # a weight has had another shape since
+                group.forget()
+                group = None
+            else:
+                group.watch.update()
         if group is None:
             group = self._add(weights, args, fast)
         if not isinstance(group, Group):
             return group(*args)
-        if self.checked and group.watch.stale():
-            group.watch.update()
         if fast is not None and not (self.checked and group.watch.native is None):
             fast.remember(group.refs, group.packs, group.watch.native if self.checked else None)
         return self.function(*group.packs, *self.keep(args))

@@ -53,9 +53,20 @@ class Store:
                 fresh = self._entries[id(weight)] = Entry(weight, self)
                 if found is not None:
                     fresh.trains, fresh.restored = found.trains, found.restored
-                    found.close()
+                    self._close(found)
                 return fresh
             return found
+
+    def _close(self, entry: Entry) -> None:
+        """With the second packs of others that lie together with its own."""
+        for key, (_, _, refs) in entry.wholes.items():
+            for ref in refs if key[2] else ():
+                weight = ref()
+                other = None if weight is None else self.find(weight)
+                if other is not None and other is not entry:
+                    other.packs.pop(key, None)
+                    other.wholes.pop(key, None)
+        entry.close()
 
     def pack(
         self, weight: torch.Tensor, scheme: Scheme, layout: str, loose: bool = False, strides: Strides | None = None

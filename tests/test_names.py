@@ -197,8 +197,7 @@ def test_a_use_of_a_weight_as_it_is_and_one_that_is_not() -> None:
     assert_counts(report, 1)
     assert report.layers[0].detail == "is read as it is, too, to compute a weight (mul)."
     assert report.totals["bytes_before"] == 4096 and 30 < sqnr_db(y, both(x)) < 80
-    model = Hyper()
-    _, y, report = run(model, x, on_unsupported="error")
+    _, y, report = run(model := Hyper(), x, on_unsupported="error")
     assert_counts(report, 1, 2, not_parameter=1)
     assert report.layers[0].name == "h" and report.layers[1].detail == "has a weight that the graph computes."
     assert sqnr_db(y, model(x)) > 30

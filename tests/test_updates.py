@@ -11,7 +11,6 @@ from torch import nn
 from util import BF16, Block, Graph, assert_counts, block, compiled, dequantized, linear64, run, sqnr_db, tokens
 
 import aoquant_inductor
-from aoquant_inductor.entry import digest_of
 from aoquant_inductor.weights import STORE
 
 
@@ -178,30 +177,6 @@ def test_weights_that_come_to_a_compiled_graph_are_looked_at_once(graphs: list[G
     assert_counts(report, 1)
     assert sqnr_db(y, model.reference(x)) > 40
     assert len(graphs) == count == 3
-
-
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
-@pytest.mark.parametrize(("n", "k"), [(4, 32), (3, 7), (1, 1), (5, 2)])
-def test_a_digest_is_of_every_value_and_its_row(n: int, k: int, dtype: torch.dtype) -> None:
-    weight = torch.randn(n + 1, k).to(dtype)[1:]  # begins where no wider word may
-    digest = digest_of(weight)
-    assert torch.equal(digest, digest_of(weight.t().contiguous().t()))
-    seen = set()
-    for i in range(n):
-        for j in range(k):
-            changed = weight.clone()
-            changed[i, j] += 1
-            seen.add(int(digest_of(changed)))
-    assert int(digest) not in seen
-    for places in range(2):
-        assert weight.shape[places] == 1 or int(digest_of(weight.flip(places))) != int(digest)
-
-
-def test_a_digest_sees_columns_and_halves_that_change_places() -> None:
-    """As the heads of an output projection are put into another order, or those of a rotary embedding into pairs."""
-    weight = torch.randn(64, 64).to(BF16)
-    moved = [weight.roll(4 * i, 1) for i in range(16)] + [weight.roll(i, 0) for i in range(1, 64)] + [weight.t().contiguous()]
-    assert len({int(digest_of(each)) for each in moved}) == len(moved)
 
 
 def test_frozen_weights_trust_the_user_and_refresh_still_works() -> None:

@@ -1,4 +1,5 @@
-// Watch(refs, versions, pointers, storages, dtypes, strides)() -> bool: whether any weight differs from its state so described.
+// Watch(refs, versions, pointers, storages, dtypes, places)() -> bool: whether any weight differs from its state so described.
+// places: sizes, and then strides.
 //
 // refs: weak references to tensors. versions[i] is -1 for a tensor that counts none (an inference tensor). A dead reference
 // counts as different: the caller asks again, slowly. About 5 ns per weight, where Python's attribute reads take 100.
@@ -16,8 +17,13 @@ struct State {
   uintptr_t pointer;
   uintptr_t storage;  // whoever made the Watch refers to it: no other one has its address
   at::ScalarType dtype;
-  std::vector<int64_t> strides;
+  std::vector<int64_t> places;
 };
+
+bool lies(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef places) {
+  const size_t dims = sizes.size();
+  return places.size() == 2 * dims && sizes.equals(places.slice(0, dims)) && strides.equals(places.slice(dims));
+}
 
 struct Watch {
   PyObject_HEAD
@@ -42,7 +48,7 @@ bool differs(PyObject* object, const State& state) {
   const int64_t version = impl->is_inference() ? -1 : (int64_t)impl->version_counter().current_version();
   if (version != state.version) return true;
   if (!impl->has_storage() || tensor.layout() != at::kStrided || tensor.scalar_type() != state.dtype) return true;
-  if (!impl->strides().equals(state.strides)) return true;
+  if (!lies(impl->sizes(), impl->strides(), state.places)) return true;
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   if (reinterpret_cast<uintptr_t>(storage) != state.storage) return true;
   // no checks: the memory of a weight that was let go is null, and asking for it the usual way throws
@@ -67,7 +73,7 @@ PyObject* watch_call(PyObject* self, PyObject* const*, size_t, PyObject*) {
 
 PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
   PyObject* refs;
-  PyObject* lists[5];  // versions, pointers, storages, dtypes, strides
+  PyObject* lists[5];  // versions, pointers, storages, dtypes, places
   if (!PyArg_ParseTuple(args, "O!OOOOO", &PyTuple_Type, &refs, &lists[0], &lists[1], &lists[2], &lists[3], &lists[4])) {
     return nullptr;
   }
@@ -84,17 +90,17 @@ PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
       PyErr_SetString(PyExc_TypeError, "Watch: refs are weak references");
       return nullptr;
     }
-    PyObject *dtype = PyList_GET_ITEM(lists[3], i), *strides = PyList_GET_ITEM(lists[4], i);
-    if (!THPDtype_Check(dtype) || !PyTuple_Check(strides)) {
-      PyErr_SetString(PyExc_TypeError, "Watch: dtypes are torch.dtype, strides tuples");
+    PyObject *dtype = PyList_GET_ITEM(lists[3], i), *places = PyList_GET_ITEM(lists[4], i);
+    if (!THPDtype_Check(dtype) || !PyTuple_Check(places)) {
+      PyErr_SetString(PyExc_TypeError, "Watch: dtypes are torch.dtype, places tuples");
       return nullptr;
     }
     states[i].version = PyLong_AsLongLong(PyList_GET_ITEM(lists[0], i));
     states[i].pointer = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(lists[1], i));
     states[i].storage = (uintptr_t)PyLong_AsUnsignedLongLong(PyList_GET_ITEM(lists[2], i));
     states[i].dtype = reinterpret_cast<THPDtype*>(dtype)->scalar_type;
-    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(strides); ++d) {
-      states[i].strides.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d)));
+    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(places); ++d) {
+      states[i].places.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(places, d)));
     }
   }
   if (PyErr_Occurred()) return nullptr;
