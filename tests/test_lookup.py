@@ -181,6 +181,11 @@ def test_arguments_are_checked() -> None:
     assert both(key, 7) == (key, 7)
     lookup.remember((weakref.ref(key),), (1, 2), None)
     assert lookup(key, 7) == ("fast", (1, 2, 7)) and lookup(other, 7)[0] == "slow"
+    states = ([0], [0], [0], [torch.float32])
+    for bad in (([1, 2, 3, 4],), ([(1, 2, 3)],), ([],), ((1, 2),)):
+        with pytest.raises((TypeError, ValueError), match="Watch"):
+            native.watch_type()((weakref.ref(key),), *states, *bad)  # type: ignore[misc]
+    assert native.watch_type()((weakref.ref(key),), *states, [(1, 2, 3, 4)])()  # type: ignore[misc]
     state = watch.Watch([]).native
     assert state is not None
     lookup.remember((weakref.ref(key),), (3,), state)
