@@ -116,7 +116,7 @@ class Log:
         """With what became of their packs and originals since: packed again, restored, released by another compile."""
         entries = {}
         for entry, name in self.entries.items():
-            if (weight := entry.ref()) is not None and entry.fits():
+            if (weight := entry.ref()) is not None and entry.packs and entry.fits():
                 entries[names.known(weight) if names is not None else name] = entry
 
         def now(layer: Layer) -> Layer:
