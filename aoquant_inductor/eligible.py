@@ -78,9 +78,7 @@ def computed(weight: torch.Tensor, name: str, options: Options) -> tuple[Layer, 
     return layer, scheme
 
 
-def made(
-    weight: fx.Node, real: Mapping[fx.Node, object], names: Names, options: Options
-) -> tuple[Layer, Scheme | None] | None:
+def made(weight: fx.Node, real: Mapping[fx.Node, object], names: Names, options: Options) -> Layer | None:
     """A linear whose weight the graph makes of parameters and nothing else: cut out of one, as the attention of torch.nn cuts
     q, k and v where they differ, cast, scaled, merged. None: what it is made of does not say which linear it is.
     """
@@ -95,10 +93,9 @@ def made(
             value = of[which[0]]
             layer, _ = decide(value if value.dim() == 2 else like, *called(value, which[0], names), options)
             how = "cut into parts by the graph" if cut else f"computed by the graph ({word(weight)})"
-            if layer.scheme is None:
-                return layer, None
             detail = f"is {how}; only a whole parameter is packed."
-            return replace(layer, status=SKIPPED, reason="not_parameter", detail=detail), None
+            wanted = layer.scheme is not None
+            return replace(layer, status=SKIPPED, reason="not_parameter", detail=detail) if wanted else layer
     return None
 
 

@@ -40,13 +40,18 @@ class Stamp(NamedTuple):
     places: tuple[int, ...]  # its sizes, and then its strides
 
 
+def form_of(weight: torch.Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
+    """What a Stamp ends with."""
+    return storage_id(weight), weight.dtype, (*weight.shape, *weight.stride())
+
+
 def stamp_of(weight: torch.Tensor) -> Stamp:
     try:
         pointer = weight.data_ptr()
     except RuntimeError:  # it was let go
         pointer = 0
     version = UNTRACKED if weight.is_inference() else weight._version
-    return Stamp(version, pointer, storage_id(weight), weight.dtype, (*weight.shape, *weight.stride()))
+    return Stamp(version, pointer, *form_of(weight))
 
 
 def digest_of(weight: torch.Tensor) -> torch.Tensor:
@@ -115,11 +120,9 @@ class Entry:
 
     def stale(self) -> bool:
         weight = self.ref()
-        if self.closed is not None:
+        if weight is None or self.closed is not None:
             return weight is not None
-        if not self.packs:
-            return False
-        if weight is None or stamp_of(weight) == self.stamp:
+        if not self.packs or stamp_of(weight) == self.stamp:
             return False
         if self.released:  # a write that failed counts as a version, too
             self.accept(weight, stamp_of(weight))
@@ -131,9 +134,12 @@ class Entry:
         weight = self.ref()
         return weight is None or all(packed.shape == tuple(weight.shape) for packed, _ in self.packs.values())
 
+    def _shape(self) -> tuple[int, int]:
+        return next(iter(self.packs.values()))[0].shape
+
     def close(self) -> None:
         """The weight has data of another shape now, for which it has another entry: whoever still reads these packs is told."""
-        self.closed = next(iter(self.packs.values()))[0].shape
+        self.closed = self._shape()
         self.packs, self.wholes, self.loose, self.digest, self.release, self.copy = {}, {}, set(), None, None, None
         self.stamp = self.stamp._replace(version=CLOSED)
         self.turn()
@@ -165,10 +171,8 @@ class Entry:
         if weight is None or self.released:
             return
         stamp = stamp_of(weight)
-        if self.closed is not None:
-            raise ShapeChanged(self.closed, tuple(weight.shape))
-        if not self.fits():
-            raise ShapeChanged(next(iter(self.packs.values()))[0].shape, tuple(weight.shape))
+        if self.closed is not None or not self.fits():
+            raise ShapeChanged(self.closed or self._shape(), tuple(weight.shape))
         try:
             fresh = {key: pack_weight(weight, *key[:2]) for key in self.packs}
         except qparams.NonFinite as error:

@@ -1,7 +1,7 @@
 """csrc/module.cpp, built in the background by the machine's own compiler at the first compile, cached beside Inductor's code.
 
 Until it is there, and where there is no compiler or no Python headers, the check in watch.py runs in Python instead: the
-same answer, 20 times slower. `state()` is in the report. Letting originals go has no other way: `module()` waits for it.
+same answer, 50 times slower. `state()` is in the report. Letting originals go has no other way: `module()` waits for it.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def of_other_ops(
             continue
         layer, scheme = decide(value, names.of(value), names.aliases(value), options)
         if scheme is not None and not any(user.target in EMBEDDING for user in node.users):
-            op = getattr(next(iter(node.users)).target, "__name__", str(next(iter(node.users)).target))
-            found.append(replace(layer, status=SKIPPED, reason="other_op", detail=f"is read by {op}, not by a linear."))
+            detail = f"is read by {word(next(iter(node.users)))}, not by a linear."
+            found.append(replace(layer, status=SKIPPED, reason="other_op", detail=detail))
     return found
 
 
@@ -132,7 +132,7 @@ def find(gm: fx.GraphModule, inputs: Sequence[object], names: Names, options: Op
         if (name := names.of_computed(dynamo.module_name(node))) is not None:
             layer, scheme = computed(weight.meta["example_value"], name, options)
         elif (found := made(weight, real, names, options)) is not None:
-            layer, scheme = found
+            layer, scheme = found, None
         else:
             known, aliases = called(value, weight, names) if isinstance(value, torch.Tensor) else ([node.name], ())
             layer, scheme = decide(value, known, aliases, options)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from aoquant_inductor import native
-from aoquant_inductor._inductor import storage_id
-from aoquant_inductor.entry import UNTRACKED, Entry
+from aoquant_inductor.entry import UNTRACKED, Entry, form_of
 from aoquant_inductor.weights import STORE
 
 
@@ -16,11 +13,6 @@ def settle() -> str:
     """Waits for the C++ check to be built; returns what the check runs in. For benchmarks: a user's call never waits."""
     native.start(STORE.turn).join()
     return native.state()
-
-
-def _place(weight: torch.Tensor) -> tuple[object, ...]:
-    """stamp_of(weight)[1:]; raises RuntimeError where it was let go."""
-    return weight.data_ptr(), storage_id(weight), weight.dtype, (*weight.shape, *weight.stride())
 
 
 class Watch:
@@ -57,7 +49,7 @@ class Watch:
         try:
             return (
                 [ref()._version for ref in self.tracked] != self.versions  # type: ignore[union-attr]
-                or [_place(ref()) for ref in self.refs] != self.places  # type: ignore[arg-type]
+                or [(w.data_ptr(), *form_of(w)) for w in [ref() for ref in self.refs]] != self.places  # type: ignore[union-attr, arg-type]
             )
         except (AttributeError, RuntimeError):  # a weight is gone, or became an inference tensor
             return self._confirmed()

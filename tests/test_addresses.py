@@ -102,6 +102,7 @@ def test_a_released_weight_that_gets_another_shape(kind: bool | str) -> None:
         model[0].weight.data = wider.clone()
         want = model(x)
         assert sqnr_db(function(x), want) > 30
+        assert aoquant_inductor.report(function).layers[0].original == "released"
         if kind == "cpu":
             assert torch.equal(model.state_dict()["0.weight"], wider)
         assert aoquant_inductor.restore(model) == 1
@@ -131,6 +132,7 @@ def test_new_data_before_the_next_call_is_kept_by_restore() -> None:
     function = compiled(model, release_weights="cpu")
     with torch.no_grad():
         function(x)
+        assert aoquant_inductor.report(function).layers[0].original == "released"
         model[0].weight.data = new.clone()
         assert aoquant_inductor.restore(model) == 0
         assert sqnr_db(function(x), model(x)) > 30

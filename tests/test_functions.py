@@ -86,29 +86,20 @@ def test_whatever_is_called(wrap: Any) -> None:
 
 
 def test_modules_with_breaks_of_their_own_are_all_in_the_report() -> None:
-    class First(nn.Module):
-        def __init__(self) -> None:
+    class Broken(nn.Module):
+        def __init__(self, *names: str) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.names = names
+            for name in names:
+                self.add_module(name, nn.Linear(32, 32))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.a(x)
+            x = getattr(self, self.names[0])(x)
             torch._dynamo.graph_break()
-            y: torch.Tensor = self.b(x)
+            y: torch.Tensor = getattr(self, self.names[1])(x)
             return y
 
-    class Second(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.c, self.d = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.c(x)
-            torch._dynamo.graph_break()
-            y: torch.Tensor = self.d(x)
-            return y
-
-    first, second, x = First(), Second(), tokens(dtype=FP32)
+    first, second, x = Broken("a", "b"), Broken("c", "d"), tokens(dtype=FP32)
     function = compiled(lambda x: second(first(x)), default="int8wo")
     with torch.no_grad():
         assert 30 < sqnr_db(function(x), second(first(x))) < 80

@@ -79,6 +79,7 @@ def test_gradients_of_an_activation_that_asks_for_them(grad: bool) -> None:
         function = torch.compile(lambda x: f(net, x), backend="aoquant")
         got, want = function(x), f(net, x)
     assert float((got - want).norm() / want.norm()) < 0.03
+    assert_counts(aoquant_inductor.report(function), 2 * grad, 2, **({} if grad else {"grad": 2}))
 
 
 class Taking(nn.Module):
